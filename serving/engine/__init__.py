@@ -1,0 +1,1 @@
+"""Turns prompt token ids into completion token ids; one Protocol, several implementations."""

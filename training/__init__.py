@@ -1,0 +1,1 @@
+"""Makes a LoRA adapter and a merged model from a recipe."""

@@ -1,0 +1,185 @@
+"""The adapter directory: its manifest, the hashes that tie it to a base and a template, and their verification."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Iterable, Mapping
+from datetime import datetime
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+MANIFEST_NAME = "manifest.json"
+ADAPTER_WEIGHTS = "adapter_model.safetensors"
+ADAPTER_CONFIG = "adapter_config.json"
+REQUIRED_FILES = (ADAPTER_WEIGHTS, ADAPTER_CONFIG, "tokenizer.json", "tokenizer_config.json", "chat_template.jinja")
+_WEIGHT_SUFFIXES = (".safetensors", ".bin", ".safetensors.index.json")
+
+
+class ArtifactError(ValueError):
+    """A directory that is not a whole, untouched adapter; `problems` has one line for each fault."""
+
+    def __init__(self, directory: Path, problems: Iterable[str]) -> None:
+        self.problems = tuple(problems)
+        super().__init__(f"{directory}: " + "; ".join(self.problems))
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class BaseSection(_Section):
+    model: str  # hub id or path as the recipe names it
+    revision: str | None
+    fingerprint: str  # see fingerprint_base
+
+
+class ChatSection(_Section):
+    mode: Literal["model", "qwen"]
+    template_sha256: str
+    default_system_prompt: str | None  # what a server must render where a chat has no system message
+    stop_token_ids: tuple[int, ...]
+
+
+class LoraSection(_Section):
+    rank: int
+    alpha: float
+    dropout: float
+    target_modules: tuple[str, ...]
+
+
+class DataSection(_Section):
+    dataset: str
+    sha256: str
+    rows_train: int
+    rows_held_out: int
+    rows_rejected: int
+    tokens_lost: int  # content tokens cut to fit the cutoff
+    split_rule: str
+
+
+class LossSection(_Section):
+    """NLL in nats a labelled token."""
+
+    steps: int
+    first_nll_nats: float
+    last_nll_nats: float
+    validation_first_nll_nats: float | None
+    validation_last_nll_nats: float | None
+
+
+class AdapterManifest(_Section):
+    format_version: Literal[1] = 1
+    name: str
+    created: datetime
+    base: BaseSection
+    chat: ChatSection
+    quantisation: str  # of the base during training: "nf4-double" or "none"
+    compute_dtype: str
+    lora: LoraSection
+    data: DataSection
+    recipe: dict[str, Any]
+    seed: int
+    versions: dict[str, str]
+    git_revision: str | None
+    loss: LossSection
+    files: dict[str, str]  # relative path -> sha256, all files but the manifest
+
+    @property
+    def digest(self) -> str:
+        """The sha256 that names this revision: over the hashes of its files."""
+        return _hash_of_hashes(self.files)
+
+
+def sha256_file(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def fingerprint_base(model_dir: Path) -> str:
+    """Returns the sha256 over a base model's config and weight files' hashes: what an adapter was trained against.
+
+    Names of files count, so a resharded copy is another base. Raises ArtifactError where there are no weights.
+    """
+    files = sorted(path for path in model_dir.iterdir() if path.name.endswith(_WEIGHT_SUFFIXES))
+    config = model_dir / "config.json"
+    if not files or not config.is_file():
+        raise ArtifactError(
+            model_dir, ["no config.json with weights; give a model directory, or a hub id while online"]
+        )
+    return _hash_of_hashes({path.name: sha256_file(path) for path in (config, *files)})
+
+
+def write_manifest(directory: Path, manifest: AdapterManifest) -> None:
+    """Writes the manifest last and whole, so that a directory without one is known to be unfinished."""
+    temporary = directory / (MANIFEST_NAME + ".tmp")
+    with temporary.open("w", encoding="utf-8") as file:
+        file.write(json.dumps(manifest.model_dump(mode="json"), indent=2, ensure_ascii=False) + "\n")
+        file.flush()
+        os.fsync(file.fileno())
+    temporary.replace(directory / MANIFEST_NAME)
+
+
+def hash_files(directory: Path) -> dict[str, str]:
+    """Returns the sha256 of each file below `directory` but the manifest, by relative path."""
+    found = (path for path in sorted(directory.rglob("*")) if path.is_file() and path.name != MANIFEST_NAME)
+    return {path.relative_to(directory).as_posix(): sha256_file(path) for path in found}
+
+
+def read_manifest(directory: Path) -> AdapterManifest:
+    """Raises ArtifactError where the manifest is absent or malformed; does not read the other files."""
+    path = directory / MANIFEST_NAME
+    try:
+        return AdapterManifest.model_validate_json(path.read_bytes())
+    except FileNotFoundError:
+        raise ArtifactError(
+            directory, [f"no {MANIFEST_NAME}: not a Graft adapter, or its training did not finish"]
+        ) from None
+    except ValidationError as error:
+        details = (f"{MANIFEST_NAME}: {'.'.join(map(str, e['loc']))}: {e['msg']}" for e in error.errors())
+        raise ArtifactError(directory, details) from None
+
+
+def verify_adapter(directory: Path) -> AdapterManifest:
+    """Returns the manifest of a whole adapter; raises ArtifactError naming every file that is missing or changed."""
+    manifest = read_manifest(directory)
+    missing = [f"{name}: required, but not in the manifest" for name in REQUIRED_FILES if name not in manifest.files]
+    problems = missing + [
+        problem for name, digest in manifest.files.items() if (problem := _check(directory, name, digest))
+    ]
+    if problems:
+        raise ArtifactError(directory, problems)
+    return manifest
+
+
+def base_problems(manifest: AdapterManifest, fingerprint: str, template_sha256: str) -> list[str]:
+    """Returns why an adapter must not run on a base with this fingerprint and template; empty where it may."""
+    problems = []
+    if manifest.base.fingerprint != fingerprint:
+        problems.append(
+            f"base fingerprint {manifest.base.fingerprint[:12]} (trained on {manifest.base.model}) is not {fingerprint[:12]}, "
+            "the base that runs here: serve that base, or train the adapter on this one"
+        )
+    if manifest.chat.template_sha256 != template_sha256:
+        problems.append(
+            f"template hash {manifest.chat.template_sha256[:12]} is not {template_sha256[:12]}, the template that runs here: "
+            "prompts would differ from those it was trained on"
+        )
+    return problems
+
+
+def _check(directory: Path, name: str, digest: str) -> str | None:
+    path = directory / name
+    if not path.resolve().is_relative_to(directory.resolve()):
+        return f"{name}: lies outside the adapter"
+    if not path.is_file():
+        return f"{name}: missing"
+    return None if sha256_file(path) == digest else f"{name}: changed since training (sha256 differs)"
+
+
+def _hash_of_hashes(files: Mapping[str, str]) -> str:
+    lines = "".join(f"{digest}  {name}\n" for name, digest in sorted(files.items()))
+    return hashlib.sha256(lines.encode()).hexdigest()
