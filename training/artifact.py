@@ -12,6 +12,8 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
+from training.errors import TrainingError
+
 MANIFEST_NAME = "manifest.json"
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
 ADAPTER_CONFIG = "adapter_config.json"
@@ -19,7 +21,7 @@ REQUIRED_FILES = (ADAPTER_WEIGHTS, ADAPTER_CONFIG, "tokenizer.json", "tokenizer_
 _WEIGHT_SUFFIXES = (".safetensors", ".bin", ".safetensors.index.json")
 
 
-class ArtifactError(ValueError):
+class ArtifactError(TrainingError):
     """A directory that is not a whole, untouched adapter; `problems` has one line for each fault."""
 
     def __init__(self, directory: Path, problems: Iterable[str]) -> None:
@@ -125,8 +127,7 @@ def write_manifest(directory: Path, manifest: AdapterManifest) -> None:
 
 def hash_files(directory: Path) -> dict[str, str]:
     """Returns the sha256 of each file below `directory` but the manifest, by relative path."""
-    found = (path for path in sorted(directory.rglob("*")) if path.is_file() and path.name != MANIFEST_NAME)
-    return {path.relative_to(directory).as_posix(): sha256_file(path) for path in found}
+    return {name: sha256_file(directory / name) for name in sorted(_file_names(directory))}
 
 
 def read_manifest(directory: Path) -> AdapterManifest:
@@ -144,12 +145,13 @@ def read_manifest(directory: Path) -> AdapterManifest:
 
 
 def verify_adapter(directory: Path) -> AdapterManifest:
-    """Returns the manifest of a whole adapter; raises ArtifactError naming every file that is missing or changed."""
+    """Returns the manifest of a whole adapter; raises ArtifactError naming every file missing, changed or added."""
     manifest = read_manifest(directory)
     missing = [f"{name}: required, but not in the manifest" for name in REQUIRED_FILES if name not in manifest.files]
-    problems = missing + [
-        problem for name, digest in manifest.files.items() if (problem := _check(directory, name, digest))
-    ]
+    changed = [problem for name, digest in manifest.files.items() if (problem := _check(directory, name, digest))]
+    # Loaders read what they find: an added special_tokens_map.json would change prompts.
+    added = [f"{name}: added since training; remove it" for name in _file_names(directory) - set(manifest.files)]
+    problems = missing + changed + sorted(added)
     if problems:
         raise ArtifactError(directory, problems)
     return manifest
@@ -160,15 +162,20 @@ def base_problems(manifest: AdapterManifest, fingerprint: str, template_sha256: 
     problems = []
     if manifest.base.fingerprint != fingerprint:
         problems.append(
-            f"base fingerprint {manifest.base.fingerprint[:12]} (trained on {manifest.base.model}) is not {fingerprint[:12]}, "
-            "the base that runs here: serve that base, or train the adapter on this one"
+            f"base fingerprint {manifest.base.fingerprint[:12]} (trained on {manifest.base.model}) is not "
+            f"{fingerprint[:12]}, the base that runs here: serve that base, or train the adapter on this one"
         )
     if manifest.chat.template_sha256 != template_sha256:
         problems.append(
-            f"template hash {manifest.chat.template_sha256[:12]} is not {template_sha256[:12]}, the template that runs here: "
-            "prompts would differ from those it was trained on"
+            f"template hash {manifest.chat.template_sha256[:12]} is not {template_sha256[:12]}, "
+            "the one that runs here: prompts would differ from those it was trained on"
         )
     return problems
+
+
+def _file_names(directory: Path) -> set[str]:
+    found = (path for path in directory.rglob("*") if path.is_file() and path.name != MANIFEST_NAME)
+    return {path.relative_to(directory).as_posix() for path in found}
 
 
 def _check(directory: Path, name: str, digest: str) -> str | None:

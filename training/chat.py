@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import hashlib
-import re
-from collections.abc import Iterator, Mapping, Sequence
+from bisect import bisect_right
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol, cast
+
+from training.errors import TrainingError
 
 Role = Literal["system", "user", "assistant"]
 IGNORED_LABEL = -100  # torch's cross-entropy skips this label
@@ -15,7 +17,7 @@ IGNORED_LABEL = -100  # torch's cross-entropy skips this label
 QWEN_SYSTEM_PROMPT = "You are Qwen, created by Alibaba Cloud. You are a helpful assistant."
 
 
-class TemplateError(ValueError):
+class TemplateError(TrainingError):
     """A chat that the model's template cannot render, or a template that training cannot use."""
 
 
@@ -61,7 +63,11 @@ def default_system_prompt(tokenizer: Tokenizer) -> str | None:
     """Returns the system text that the template adds when a chat has none, or None."""
     probe = "graft-probe"
     alone = _render(tokenizer, (Message("user", probe),), generation_prompt=False)
-    with_system = _render(tokenizer, (Message("system", "S" + probe), Message("user", probe)), generation_prompt=False)
+    chat = (Message("system", "S" + probe), Message("user", probe))
+    try:
+        with_system = _render(tokenizer, chat, generation_prompt=False)
+    except TemplateError:  # the template knows no system messages, so it adds none
+        return None
     head, _, tail = with_system.partition("S" + probe)
     if alone.startswith(head) and alone.endswith(tail) and len(alone) > len(head) + len(tail):
         return alone[len(head) : len(alone) - len(tail)]
@@ -79,12 +85,12 @@ def render_prompt(tokenizer: Tokenizer, messages: Sequence[Message]) -> tuple[in
 
     Raises TemplateError where the template refuses the chat.
     """
-    return _encode(tokenizer, _render(tokenizer, messages, generation_prompt=True))
+    return _render_ids(tokenizer, messages, generation_prompt=True)
 
 
 def render_chat(tokenizer: Tokenizer, messages: Sequence[Message]) -> tuple[int, ...]:
     """Returns the ids of a finished chat, without a generation prompt. Raises TemplateError as `render_prompt` does."""
-    return _encode(tokenizer, _render(tokenizer, messages, generation_prompt=False))
+    return _render_ids(tokenizer, messages, generation_prompt=False)
 
 
 def render_example(
@@ -145,7 +151,7 @@ def _reply_span(
 ) -> tuple[int, int, int]:
     """Returns where the reply's text begins, and where its end-of-turn token and its whole turn end, in positions."""
     prompt = render_prompt(tokenizer, messages[:index])
-    turn = render_chat(tokenizer, messages[: index + 1])
+    turn = ids if index == len(messages) - 1 else render_chat(tokenizer, messages[: index + 1])
     if ids[: len(prompt)] != prompt or ids[: len(turn)] != turn:
         raise TemplateError(
             f"the template rewrites earlier text once message {index} is there: the prompt a server would render is "
@@ -153,7 +159,7 @@ def _reply_span(
         )
     # Templates may put text after the end-of-turn token (ChatML: a newline) that the model never has to produce.
     end = next((at + 1 for at in range(len(turn) - 1, len(prompt) - 1, -1) if ids[at] in controls), None)
-    if end is None:
+    if end is None or str(tokenizer.decode(list(ids[end : len(turn)]))).strip():
         raise TemplateError(
             f"the template ends message {index} with no control token, so a model could not learn to stop"
         )
@@ -161,31 +167,37 @@ def _reply_span(
 
 
 def _longest(tokenizer: Tokenizer, messages: Sequence[Message]) -> int:
-    sizes = [len(tokenizer.encode(message.content, add_special_tokens=False)) for message in messages]
+    sizes = [len(_encode(tokenizer, _escape(tokenizer, message.content))) for message in messages]
     return max(range(len(sizes)), key=sizes.__getitem__)
 
 
 def _shorten(tokenizer: Tokenizer, messages: list[Message], index: int, excess: int) -> int:
     """Cuts about `excess` tokens off the end of one message's content, in place; returns the tokens it lost."""
     message = messages[index]
-    ids = _encode(tokenizer, _escape(tokenizer, message.content))
-    keep = max(len(ids) - excess, 0)
-    text = str(tokenizer.decode(list(ids[:keep]), skip_special_tokens=False)).rstrip("\ufffd")
-    while not message.content.startswith(text):  # a decoder that adds or drops white space
-        text = text[:-1]
-    messages[index] = Message(message.role, text)
-    return len(ids) - len(_encode(tokenizer, _escape(tokenizer, text)))
+
+    def size(length: int) -> int:
+        return len(_encode(tokenizer, _escape(tokenizer, message.content[:length])))
+
+    whole = size(len(message.content))
+    # Searched over characters: cutting decoded ids would break characters, and decoders may change white space.
+    length = bisect_right(range(1, len(message.content) + 1), max(whole - excess, 0), key=size)
+    messages[index] = Message(message.role, message.content[:length])
+    return whole - size(length)
 
 
-# A control token's text inside a content gets this character after its first one while the template is applied, so
-# that the template's own control tokens can be told from it. It is a Unicode noncharacter: no text may carry it.
+# Text is cut at this character when it is encoded. It is put inside a control token's text in a content, so that only
+# the template's own control tokens remain. It is a Unicode noncharacter: no text may carry it.
 _MARK = "\ufdd0"
+_NEAR = 8  # characters of a reply that can change how its header is split
 
 
 def _escape(tokenizer: Tokenizer, content: str) -> str:
     content = content.replace(_MARK, "")
     for text in control_tokens(tokenizer):
-        content = content.replace(text, text[0] + _MARK + text[1:])
+        if text in content and len(text) == 1:
+            raise TemplateError(f"a message contains {text!r}, which this tokenizer has as a control token; remove it")
+        while text in content:  # again where a token's text overlaps itself
+            content = content.replace(text, text[0] + _MARK + text[1:])
     return content
 
 
@@ -199,26 +211,48 @@ def _render(tokenizer: Tokenizer, messages: Sequence[Message], *, generation_pro
     return cast(str, text)
 
 
+def _render_ids(tokenizer: Tokenizer, messages: Sequence[Message], *, generation_prompt: bool) -> tuple[int, ...]:
+    text = _render(tokenizer, messages, generation_prompt=generation_prompt)
+    for index in range(len(messages) - 1, -1, -1):
+        if messages[index].role == "assistant":
+            try:
+                prompt = _render(tokenizer, messages[:index], generation_prompt=True)
+            except TemplateError:  # no prompt can end here, such as before a chat's first message
+                continue
+            if text.startswith(prompt) and _must_cut(tokenizer, prompt, text[len(prompt) :]):
+                text = prompt + _MARK + text[len(prompt) :]
+    return _encode(tokenizer, text)
+
+
+def _must_cut(tokenizer: Tokenizer, prompt: str, rest: str) -> bool:
+    """Returns whether a reply and the header before it would share a token (ChatML's newline and the reply's own).
+
+    No prompt ends inside a token, so there the ids are those of the prompt and then those of the reply.
+    """
+    if rest[:1].isspace():
+        return True
+    header = prompt[max((0, *(prompt.rfind(text) for text in control_tokens(tokenizer)))) :]
+    near = rest[:_NEAR].partition(_MARK)[0]
+    ids = _encode(tokenizer, header)
+    return _encode(tokenizer, header + near)[: len(ids)] != ids
+
+
 def _encode(tokenizer: Tokenizer, text: str) -> tuple[int, ...]:
-    controls = control_tokens(tokenizer)
-    ids: list[int] = []
-    for is_control, piece in _split(text, controls):
-        if is_control:
-            ids.append(controls[piece])
-        else:
-            plain = piece.replace(_MARK, "")
-            ids += tokenizer.encode(plain, add_special_tokens=False, split_special_tokens=True)
+    """Encodes as the tokenizer itself does, but for the cuts at marks."""
+    first, *rest = text.split(_MARK)
+    ids = tokenizer.encode(first, add_special_tokens=False, split_special_tokens=False)
+    # Behind a control token, which is dropped again, no tokenizer takes a piece for the beginning of a text.
+    anchor = _anchor(tokenizer) if rest else ""
+    for piece in rest:
+        behind = tokenizer.encode(anchor + piece, add_special_tokens=False, split_special_tokens=False)
+        ids += behind[1:] if anchor else behind
     return tuple(ids)
 
 
-def _split(text: str, controls: Mapping[str, int]) -> Iterator[tuple[bool, str]]:
-    if not controls:
-        yield False, text
-        return
-    pattern = "|".join(re.escape(token) for token in sorted(controls, key=len, reverse=True))
-    for number, piece in enumerate(re.split(f"({pattern})", text)):
-        if piece:
-            yield number % 2 == 1, piece
+def _anchor(tokenizer: Tokenizer) -> str:
+    """Returns the text of a control token that leaves white space after it alone, "" where there is none."""
+    controls = (token for token in tokenizer.added_tokens_decoder.values() if token.special and not token.rstrip)
+    return next((str(token.content) for token in controls), "")
 
 
 def _template_text(tokenizer: Tokenizer) -> str:

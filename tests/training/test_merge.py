@@ -1,0 +1,95 @@
+"""The merge: exact in fp32, streamed over shards, and refused where adapter and base do not fit."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import peft
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
+
+from training.artifact import ADAPTER_WEIGHTS, ArtifactError, hash_files, read_manifest, write_manifest
+from training.merge import MergeError, merge
+
+
+def logits(model) -> torch.Tensor:
+    with torch.no_grad():
+        return model(torch.arange(5, 25)[None]).logits
+
+
+@pytest.fixture
+def sharded_base(tiny_base: Path, tmp_path: Path) -> Path:
+    """The tiny base in several shards: the same weights, another fingerprint."""
+    AutoModelForCausalLM.from_pretrained(tiny_base).save_pretrained(tmp_path / "sharded", max_shard_size="100KB")
+    assert len(list((tmp_path / "sharded").glob("*.safetensors"))) > 2
+    return tmp_path / "sharded"
+
+
+def test_merged_answers_as_base_plus_adapter(tiny_base: Path, tiny_adapters: dict[str, Path], tmp_path: Path):
+    merge(tiny_adapters["starter"], tiny_base, tmp_path / "merged")
+    merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
+    base = AutoModelForCausalLM.from_pretrained(tiny_base)
+    plain = logits(base)
+    reference = logits(peft.PeftModel.from_pretrained(base, str(tiny_adapters["starter"])))
+    torch.testing.assert_close(logits(merged), reference, atol=1e-4, rtol=1e-4)
+    assert (reference - plain).abs().max() > 0.1
+
+
+def test_shards_merge_to_the_same_weights(tiny_base, sharded_base, tiny_adapters, tmp_path):
+    from training.artifact import fingerprint_base
+
+    adapter = shutil.copytree(tiny_adapters["starter"], tmp_path / "adapter")
+    manifest = read_manifest(adapter)
+    base = manifest.base.model_copy(update={"fingerprint": fingerprint_base(sharded_base)})
+    write_manifest(adapter, manifest.model_copy(update={"base": base}))
+    merge(adapter, sharded_base, tmp_path / "from-shards")
+    merge(tiny_adapters["starter"], tiny_base, tmp_path / "whole")
+    models = [AutoModelForCausalLM.from_pretrained(tmp_path / name) for name in ("from-shards", "whole")]
+    for left, right in zip(models[0].parameters(), models[1].parameters(), strict=True):
+        assert torch.equal(left, right)
+
+
+def test_a_given_dtype_is_written_and_stated(tiny_base, tiny_adapters, tmp_path):
+    merge(tiny_adapters["starter"], tiny_base, tmp_path / "merged", torch.bfloat16)
+    (shard,) = (tmp_path / "merged").glob("*.safetensors")
+    assert {tensor.dtype for tensor in load_file(shard).values()} == {torch.bfloat16}
+    assert json.loads((tmp_path / "merged" / "config.json").read_text())["dtype"] == "bfloat16"
+
+
+def test_another_base_is_refused_and_leaves_what_was_there(tiny_adapters, sharded_base, tmp_path):
+    (tmp_path / "merged").mkdir()
+    (tmp_path / "merged" / "kept").write_text("")
+    with pytest.raises(MergeError, match="is not the base"):
+        merge(tiny_adapters["starter"], sharded_base, tmp_path / "merged")
+    assert (tmp_path / "merged" / "kept").exists()
+
+
+def test_a_changed_adapter_is_refused(tiny_base, tiny_adapters, tmp_path):
+    adapter = shutil.copytree(tiny_adapters["starter"], tmp_path / "adapter")
+    tensors = load_file(adapter / ADAPTER_WEIGHTS)
+    save_file({name: tensor * 2 for name, tensor in tensors.items()}, adapter / ADAPTER_WEIGHTS)
+    with pytest.raises(ArtifactError, match="changed since training"):
+        merge(adapter, tiny_base, tmp_path / "merged")
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda t: {n.replace("layers.1", "layers.9"): v for n, v in t.items()}, "no weight for"),
+        (lambda t: {n: v for n, v in t.items() if "layers.0.self_attn.q_proj.lora_A" not in n}, "only one of"),
+        (lambda t: {n: (v.repeat(2, 1) if "lora_B" in n else v) for n, v in t.items()}, "the adapter's update is"),
+        (lambda t: {**t, "base_model.model.lm_head.weight": torch.zeros(2, 2)}, "not a plain LoRA weight"),
+    ],
+)
+def test_weights_that_do_not_fit_are_named(tiny_base, tiny_adapters, tmp_path, change, message):
+    adapter = shutil.copytree(tiny_adapters["starter"], tmp_path / "adapter")
+    tensors = change(load_file(adapter / ADAPTER_WEIGHTS))
+    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, adapter / ADAPTER_WEIGHTS)
+    write_manifest(adapter, read_manifest(adapter).model_copy(update={"files": hash_files(adapter)}))
+    with pytest.raises(MergeError, match=message):
+        merge(adapter, tiny_base, tmp_path / "merged")
+    assert not (tmp_path / "merged").exists()

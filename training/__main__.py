@@ -1,0 +1,222 @@
+"""The command line of training: train, merge, check, preview."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from training.artifact import ArtifactError, fingerprint_base, read_manifest, verify_adapter
+from training.config import TrainConfig, cache_dir, load_recipe
+from training.errors import TrainingError
+from training.fields import allowed
+
+_RUNS = Path("runs")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Returns the exit code: 0 done, 1 failed check, 2 bad input, 75 stopped and resumable."""
+    parser = _parser()
+    words, overrides = _split_overrides(sys.argv[1:] if argv is None else argv)
+    arguments = parser.parse_args(words)
+    if overrides and arguments.command not in ("train", "preview"):
+        parser.error(f"{arguments.command} takes no recipe fields: {' '.join(overrides)}")
+    try:
+        if not sys.stderr.isatty():
+            _hide_progress_bars()
+        code: int = arguments.run(arguments, overrides)
+    except TrainingError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return code
+
+
+def _split_overrides(words: Sequence[str]) -> tuple[list[str], list[str]]:
+    """Returns the command's own words, and the `--section.key value` pairs, which argparse does not know."""
+    own: list[str] = []
+    overrides: list[str] = []
+    for word in words:
+        if word.startswith("--") and "." in word.partition("=")[0]:
+            overrides.append(word)
+        elif overrides and overrides[-1].startswith("--") and "=" not in overrides[-1] and not word.startswith("--"):
+            overrides.append(word)
+        else:
+            own.append(word)
+    return own, overrides
+
+
+def _hide_progress_bars() -> None:
+    """A log file shows each redrawing of transformers' bars; ours print whole lines."""
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="python -m training", description=__doc__)
+    commands = parser.add_subparsers(dest="command", required=True)
+    raw = argparse.RawDescriptionHelpFormatter
+    _add_train(
+        commands.add_parser("train", help="train a recipe's adapter", epilog=_fields_help(), formatter_class=raw)
+    )
+    _add_preview(commands.add_parser("preview", help="print rendered examples, trained tokens coloured"))
+    _add_merge(commands.add_parser("merge", help="merge an adapter into its base and certify the result"))
+    check = commands.add_parser("check", help="verify an adapter directory, file by file")
+    check.add_argument("directory", type=Path)
+    check.add_argument("--base", type=Path, help="also compare with this base model directory")
+    check.set_defaults(run=_check)
+    base = commands.add_parser("base", help="print the local directory of a recipe's base, fetched if need be")
+    base.add_argument("recipe")
+    base.set_defaults(run=_base)
+    return parser
+
+
+def _fields_help() -> str:
+    lines = ["any field of the recipe can be given as --section.key value:"]
+    for section, info in TrainConfig.model_fields.items():
+        fields = info.annotation.model_fields  # type: ignore[union-attr]
+        lines += [f"  --{section}.{key}: {allowed(field)}" for key, field in fields.items()]
+    return "\n".join(lines)
+
+
+def _add_train(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("recipe", nargs="?", default="smollm2-starter", help="TOML file or name (default %(default)s)")
+    parser.add_argument("--out", type=Path, help="run directory (default runs/<run.name>)")
+    parser.add_argument("--resume", action="store_true", help="go on from the newest whole checkpoint, if there is one")
+    parser.add_argument(
+        "--if-changed", action="store_true", help="do nothing where the same inputs were trained already"
+    )
+    parser.set_defaults(run=_train)
+
+
+def _add_preview(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("recipe", nargs="?", default="smollm2-starter")
+    parser.add_argument("-n", type=int, default=3, help="examples to print (default %(default)s)")
+    parser.set_defaults(run=_preview)
+
+
+def _add_merge(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("adapter", type=Path, help="adapter directory")
+    parser.add_argument("--base", type=Path, help="the base's directory (default: as the adapter's recipe names it)")
+    parser.add_argument("--out", type=Path, help="directory of the merged model (default: beside the adapter)")
+    parser.add_argument(
+        "--dtype", choices=["float32", "float16", "bfloat16"], help="of the result (default: the base's)"
+    )
+    parser.add_argument("--held-out", type=Path, help="rows to certify on (default: held_out.jsonl beside the adapter)")
+    parser.add_argument("--rows", type=int, default=24, help="rows to certify on (default %(default)s)")
+    parser.add_argument(
+        "--if-changed", action="store_true", help="do nothing where this adapter is merged there already"
+    )
+    parser.set_defaults(run=_merge)
+
+
+def _train(arguments: argparse.Namespace, overrides: Sequence[str]) -> int:
+    config = load_recipe(arguments.recipe, overrides)
+    out = arguments.out or _RUNS / config.run.name
+    if arguments.if_changed and _is_trained(config, out):
+        print(f"{out / 'adapter'} is up to date")
+        return 0
+    from training.stop import EXIT_STOPPED, TrainingStopped
+    from training.train import train
+
+    try:
+        manifest = train(config, out, cache_dir(), go_on=arguments.resume)
+    except TrainingStopped as stop:
+        print(stop, file=sys.stderr)
+        return EXIT_STOPPED
+    print(f"adapter {manifest.name}@{manifest.digest[:12]} in {out / 'adapter'}; loss plot: {out / 'loss.png'}")
+    return 0
+
+
+def _is_trained(config: TrainConfig, out: Path) -> bool:
+    """Whether `out/adapter` is whole and was made from this recipe, data and base."""
+    from training.base import resolve_base
+    from training.data import load_dataset
+    from training.split import dataset_sha256
+
+    try:
+        manifest = verify_adapter(out / "adapter")
+    except ArtifactError:
+        return False
+    if manifest.recipe != config.model_dump(mode="json"):
+        return False
+    base = resolve_base(config.model, cache_dir())
+    return manifest.data.sha256 == dataset_sha256(
+        load_dataset(config.data).conversations
+    ) and manifest.base.fingerprint == fingerprint_base(base.directory)
+
+
+def _preview(arguments: argparse.Namespace, overrides: Sequence[str]) -> int:
+    from training.preview import preview
+
+    preview(load_recipe(arguments.recipe, overrides), arguments.n, sys.stdout)
+    return 0
+
+
+def _merge(arguments: argparse.Namespace, _: Sequence[str]) -> int:
+    import torch
+
+    from training.certificate import certify
+    from training.merge import merge
+
+    out = arguments.out or arguments.adapter.with_name("merged")
+    manifest = read_manifest(arguments.adapter)
+    if arguments.if_changed and _is_merged(manifest.digest, out):
+        print(f"{out} is up to date")
+        return 0
+    base = arguments.base or _base_of(manifest.recipe)
+    merge(arguments.adapter, base, out, getattr(torch, arguments.dtype) if arguments.dtype else None)
+    held_out = arguments.held_out or arguments.adapter.with_name("held_out.jsonl")
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    certificate = certify(arguments.adapter, base, out, held_out, arguments.rows, device)
+    print(
+        f"merged into {out}: on {certificate.positions} tokens of {certificate.rows} held-out rows it stands "
+        f"KL {certificate.kl_nats_mean:.1e} nats from base + adapter (allowed {certificate.kl_nats_allowed:.1e}; "
+        f"the base alone stands {certificate.kl_nats_base_mean:.1e}), top-1 agreement "
+        f"{100 * certificate.top1_agreement:.2f} %: {'passed' if certificate.passed else 'FAILED'}"
+    )
+    return 0 if certificate.passed else 1
+
+
+def _is_merged(digest: str, out: Path) -> bool:
+    import json
+
+    from training.certificate import CERTIFICATE_NAME
+
+    try:
+        certificate = json.loads((out / CERTIFICATE_NAME).read_text())
+        return bool(
+            certificate["passed"]
+            and certificate["adapter_digest"] == digest
+            and certificate["merged_fingerprint"] == fingerprint_base(out)
+        )
+    except (OSError, ValueError, KeyError):
+        return False
+
+
+def _base_of(recipe: dict[str, object]) -> Path:
+    from training.base import resolve_base
+
+    return resolve_base(TrainConfig.model_validate(recipe, strict=False).model, cache_dir()).directory
+
+
+def _check(arguments: argparse.Namespace, _: Sequence[str]) -> int:
+    manifest = verify_adapter(arguments.directory)
+    print(f"{manifest.name}@{manifest.digest[:12]}: {len(manifest.files)} files match their hashes")
+    print(f"base {manifest.base.model} {manifest.base.fingerprint[:12]}, template {manifest.chat.template_sha256[:12]}")
+    if arguments.base and (found := fingerprint_base(arguments.base)) != manifest.base.fingerprint:
+        print(f"{arguments.base}: fingerprint {found[:12]}: not the base it was trained on", file=sys.stderr)
+        return 1
+    return 0
+
+
+def _base(arguments: argparse.Namespace, _: Sequence[str]) -> int:
+    from training.base import resolve_base
+
+    print(resolve_base(load_recipe(arguments.recipe).model, cache_dir()).directory)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,111 @@
+"""Writes a trained adapter directory: weights, tokenizer, template, and its manifest last."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import shutil
+import subprocess
+from contextlib import suppress
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from training.artifact import (
+    AdapterManifest,
+    BaseSection,
+    ChatSection,
+    LoraSection,
+    LossSection,
+    fingerprint_base,
+    hash_files,
+    write_manifest,
+)
+from training.base import BaseFiles
+from training.chat import end_of_turn_id, template_hash
+from training.config import TrainConfig
+from training.log import TrainLog
+from training.prepare import Prepared, system_prompt
+
+_PACKAGES = ("torch", "transformers", "peft", "bitsandbytes", "accelerate", "datasets")
+
+
+def save_adapter(
+    directory: Path, model: Any, tokenizer: Any, config: TrainConfig, base: BaseFiles, data: Prepared, log: TrainLog
+) -> AdapterManifest:
+    """Writes `directory` whole or not at all; one that stood there before is replaced only at the end."""
+    temporary = directory.with_name(directory.name + ".tmp")
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir(parents=True)
+    model.peft_config["default"].base_model_name_or_path = base.model_id
+    model.save_pretrained(temporary, save_embedding_layers=False)
+    (temporary / "README.md").unlink(missing_ok=True)  # peft's model card is an empty form
+    tokenizer.save_pretrained(temporary)
+    (temporary / "chat_template.jinja").write_text(tokenizer.chat_template, encoding="utf-8")
+    manifest = _manifest(temporary, tokenizer, config, base, data, log, model)
+    write_manifest(temporary, manifest)
+    old = directory.with_name(directory.name + ".old")
+    shutil.rmtree(old, ignore_errors=True)
+    if directory.exists():
+        directory.rename(old)
+    temporary.rename(directory)
+    shutil.rmtree(old, ignore_errors=True)
+    return manifest
+
+
+def _manifest(
+    directory: Path, tokenizer: Any, config: TrainConfig, base: BaseFiles, data: Prepared, log: TrainLog, model: Any
+) -> AdapterManifest:
+    lora = model.peft_config["default"]
+    return AdapterManifest(
+        name=config.run.name,
+        created=datetime.now(UTC),
+        base=BaseSection(model=base.model_id, revision=base.revision, fingerprint=fingerprint_base(base.directory)),
+        chat=ChatSection(
+            mode=config.data.template,
+            template_sha256=template_hash(tokenizer),
+            default_system_prompt=system_prompt(tokenizer, config.data),
+            stop_token_ids=(end_of_turn_id(tokenizer),),
+        ),
+        quantisation="nf4-double" if config.model.quantisation == "nf4" else "none",
+        compute_dtype=str(model.get_base_model().dtype).removeprefix("torch."),
+        lora=LoraSection(
+            rank=lora.r,
+            alpha=lora.lora_alpha,
+            dropout=lora.lora_dropout,
+            target_modules=tuple(sorted(lora.target_modules)),
+        ),
+        data=data.facts,
+        recipe=config.model_dump(mode="json"),
+        seed=config.run.seed,
+        versions=_versions(),
+        git_revision=_git_revision(),
+        loss=_loss_summary(log),
+        files=hash_files(directory),
+    )
+
+
+def _loss_summary(log: TrainLog) -> LossSection:
+    losses, validation = log.losses(), log.validation()
+    return LossSection(
+        steps=losses[-1][0],
+        first_nll_nats=losses[0][1],
+        last_nll_nats=losses[-1][1],
+        validation_first_nll_nats=validation[0][1] if validation else None,
+        validation_last_nll_nats=validation[-1][1] if validation else None,
+    )
+
+
+def _versions() -> dict[str, str]:
+    found = {}
+    for name in _PACKAGES:
+        with suppress(importlib.metadata.PackageNotFoundError):
+            found[name] = importlib.metadata.version(name)
+    return found
+
+
+def _git_revision() -> str | None:
+    command = ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):  # installed without its repository
+        return None

@@ -1,0 +1,122 @@
+"""The model under training: a frozen base, in NF4 or plain, with LoRA on its linear layers."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import peft
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
+
+from training import attention
+from training.batch import Pack, targets
+from training.config import LoraConfig
+from training.errors import TrainingError
+from training.loss import nll_sum
+
+
+class ModelError(TrainingError):
+    """A model that cannot be trained here; says which and what to do."""
+
+
+def load_tokenizer(directory: Path) -> Any:
+    return AutoTokenizer.from_pretrained(str(directory))
+
+
+def compute_dtype(name: str, device: torch.device) -> torch.dtype:
+    """Returns the dtype of the arithmetic; `auto` is fp32 on a CPU, bf16 from Ampere on, fp16 (and a scaler) before."""
+    if name != "auto":
+        dtype: torch.dtype = getattr(torch, name)
+        if device.type == "cpu" and dtype == torch.float16:
+            raise ModelError("model.dtype = 'float16' needs a CUDA device; use 'auto' or 'float32' on a CPU")
+        return dtype
+    if device.type != "cuda":
+        return torch.float32
+    return torch.bfloat16 if torch.cuda.get_device_capability(device) >= (8, 0) else torch.float16
+
+
+def load_base(directory: Path, quantisation: str, dtype: torch.dtype, device: torch.device) -> Any:
+    """Returns the frozen base with packed attention; NF4 with double quantisation where `quantisation` is "nf4"."""
+    attention.register()
+    options: dict[str, Any] = {}
+    if quantisation == "nf4":
+        options["quantization_config"] = BitsAndBytesConfig(
+            load_in_4bit=True,
+            bnb_4bit_quant_type="nf4",
+            bnb_4bit_use_double_quant=True,
+            bnb_4bit_compute_dtype=dtype,
+        )
+    model = AutoModelForCausalLM.from_pretrained(
+        str(directory), dtype=dtype, device_map={"": device}, attn_implementation=attention.NAME, **options
+    )
+    refuse_unsupported(model.config)
+    model.config.use_cache = False
+    return model.requires_grad_(False)
+
+
+def refuse_unsupported(config: Any) -> None:
+    """Raises ModelError for models whose loss or attention this trainer would compute wrongly."""
+    if getattr(config, "final_logit_softcapping", None) or getattr(config, "attn_logit_softcapping", None):
+        raise ModelError(f"{config.model_type}: logit soft-capping is not supported; choose a model without it")
+    window = getattr(config, "sliding_window", None)
+    if window and getattr(config, "use_sliding_window", True):
+        raise ModelError(
+            f"{config.model_type}: a sliding window of {window} is not supported; choose a model without it"
+        )
+
+
+def add_lora(model: Any, lora: LoraConfig, seed: int) -> Any:
+    """Returns the peft model with a fresh adapter in fp32; peft's `all-linear` never takes the output head."""
+    torch.manual_seed(seed)
+    wanted = lora.target_modules if isinstance(lora.target_modules, str) else list(lora.target_modules)
+    try:
+        return peft.get_peft_model(
+            model,
+            peft.LoraConfig(
+                r=lora.rank,
+                lora_alpha=lora.alpha,
+                lora_dropout=lora.dropout,
+                target_modules=wanted,
+                use_rslora=lora.rslora,
+                bias="none",
+                task_type="CAUSAL_LM",
+            ),
+        )
+    except ValueError as error:
+        raise ModelError(f"lora.target_modules = {wanted!r}: {error}") from error
+
+
+def use_checkpointing(model: Any) -> None:
+    """Recomputes each block in the backward pass: less memory for a third more arithmetic."""
+    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    model.enable_input_require_grads()
+
+
+class PackLoss(torch.nn.Module):
+    """The peft model as a function from a pack to its summed NLL, so that DDP sees one forward."""
+
+    def __init__(self, model: Any) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, pack: Pack) -> torch.Tensor:
+        """Returns the summed NLL in nats, fp32 scalar."""
+        return nll_sum(self.hidden(pack), self._causal().get_output_embeddings().weight, targets(pack))
+
+    def hidden(self, pack: Pack) -> torch.Tensor:
+        """Returns the last hidden states, [T, D]."""
+        hidden_1TD: torch.Tensor = (
+            self._causal()
+            .get_decoder()(
+                input_ids=pack.input_ids_T[None],
+                position_ids=pack.position_ids_T[None],
+                row_lengths=pack.row_lengths,
+                use_cache=False,
+            )
+            .last_hidden_state
+        )
+        return hidden_1TD[0]
+
+    def _causal(self) -> Any:
+        return self.model.get_base_model() if isinstance(self.model, peft.PeftModel) else self.model
