@@ -1,0 +1,1 @@
+"""Measures over HTTP whether an adapter is better than its base."""

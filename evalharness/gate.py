@@ -1,0 +1,123 @@
+"""Gate rules: a metric of a comparison, an operator and a number; all must hold."""
+
+from __future__ import annotations
+
+import difflib
+import operator
+import re
+import tomllib
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from evalharness.comparison import Comparison, MetricRow
+from evalharness.errors import RuleError
+from evalharness.statistics import Interval
+
+OPERATORS: dict[str, Callable[[float, float], bool]] = {
+    "<=": operator.le,
+    ">=": operator.ge,
+    "==": operator.eq,
+    "!=": operator.ne,
+    "<": operator.lt,
+    ">": operator.gt,
+}
+_RULE = re.compile(
+    r"\s*(?P<name>\S+?)\s*(?P<sign><=|>=|==|!=|<|>)\s*(?P<number>[-+]?(\d+\.?\d*|\.\d+)([eE][-+]?\d+)?)\s*"
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Rule:
+    name: str
+    sign: str
+    number: float
+
+    def __str__(self) -> str:
+        return f"{self.name} {self.sign} {self.number:g}"
+
+
+@dataclass(frozen=True, slots=True)
+class Verdict:
+    """`value` is None where the metric is unavailable, which fails the rule."""
+
+    rule: Rule
+    value: float | None
+    passed: bool
+
+
+class _RuleFile(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    rules: tuple[str, ...] = Field(min_length=1)
+
+
+def parse_rule(text: str) -> Rule:
+    match = _RULE.fullmatch(text)
+    if match is None:
+        raise RuleError(
+            f"rule {text!r}: must look like 'rouge_l.difference.low > 0', with one of {' '.join(OPERATORS)}"
+        )
+    return Rule(match["name"], match["sign"], float(match["number"]))
+
+
+def read_rules(path: Path) -> list[Rule]:
+    """Reads `rules = ["...", ...]` from a TOML file."""
+    try:
+        rules = _RuleFile.model_validate(tomllib.loads(path.read_text(encoding="utf-8")))
+    except OSError as error:
+        raise RuleError(f"{path}: cannot be read ({error.strerror})") from error
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError, ValidationError) as error:
+        raise RuleError(
+            f'{path}: must be TOML with rules = ["perplexity.change_percent <= -15", ...]: {error}'
+        ) from error
+    return [parse_rule(text) for text in rules.rules]
+
+
+def judge(comparison: Comparison, rules: Sequence[Rule]) -> list[Verdict]:
+    """Raises RuleError where a rule names no metric of this run."""
+    known = dict(values(comparison))
+    for rule in rules:
+        if rule.name not in known:
+            raise RuleError(f"rule {str(rule)!r}: no metric {rule.name!r}; {_suggestion(rule.name, known)}")
+    return [_judge(rule, known[rule.name]) for rule in rules]
+
+
+def values(comparison: Comparison) -> Iterator[tuple[str, float | None]]:
+    """Yields every number a rule can name, as `arm:metric.field`; with one adapter its differences need no arm."""
+    for row in comparison.metrics:
+        for arm, found in row.estimates.items():
+            yield f"{arm}:{row.name}.value", found.value
+            yield from _bounds(f"{arm}:{row.name}", found.interval)
+            yield f"{arm}:{row.name}.count", found.count
+            yield f"{arm}:{row.name}.failed", row.failed[arm]
+        for arm in comparison.others:
+            yield from _differences(row, arm, f"{arm}:{row.name}")
+        if len(comparison.others) == 1:
+            yield from _differences(row, comparison.others[0], row.name)
+
+
+def _differences(row: MetricRow, arm: str, prefix: str) -> Iterator[tuple[str, float | None]]:
+    found = row.differences[arm]
+    yield f"{prefix}.difference", found.value
+    yield from _bounds(f"{prefix}.difference", found.interval)
+    yield f"{prefix}.change_percent", found.change_percent
+    yield from _bounds(f"{prefix}.change_percent", found.change_interval)
+    yield f"{prefix}.pairs", found.pairs
+
+
+def _bounds(prefix: str, interval: Interval | None) -> Iterator[tuple[str, float | None]]:
+    yield f"{prefix}.low", interval.low if interval else None
+    yield f"{prefix}.high", interval.high if interval else None
+
+
+def _judge(rule: Rule, value: float | None) -> Verdict:
+    return Verdict(rule, value, value is not None and OPERATORS[rule.sign](value, rule.number))
+
+
+def _suggestion(name: str, known: Iterable[str]) -> str:
+    names = list(known)
+    close = difflib.get_close_matches(name, names, n=3, cutoff=0.5)
+    return f"did you mean {' or '.join(close)}?" if close else f"there are {', '.join(names)}"

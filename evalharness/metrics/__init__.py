@@ -1,0 +1,1 @@
+"""Scores of a completion against its reference, as metric scripts of the `evaluate` library."""

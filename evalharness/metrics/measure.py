@@ -1,0 +1,151 @@
+"""Measures: every metric of a run as per-sample statistics, an aggregate and a signature."""
+
+from __future__ import annotations
+
+import enum
+import tempfile
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from evalharness.metrics.bleu import Bleu, corpus_bleu
+from evalharness.metrics.chrf import Chrf, corpus_chrf
+from evalharness.metrics.language import Script, length_words, script_of
+from evalharness.metrics.rouge import SIGNATURE as ROUGE_SIGNATURE
+from evalharness.metrics.rouge import Rouge
+from evalharness.statistics import Aggregate, mean, perplexity
+
+ROUGE_LABELS = {"rouge_1": "ROUGE-1", "rouge_2": "ROUGE-2", "rouge_l": "ROUGE-L"}
+CHINESE = frozenset({Script.CJK})
+ALL = frozenset(Script)
+
+
+class Better(enum.Enum):
+    HIGHER = "higher"
+    LOWER = "lower"
+    NEITHER = "neither"
+
+
+@dataclass(frozen=True, slots=True)
+class Completion:
+    """One arm's completion, beside what it is scored against."""
+
+    sample_id: str
+    arm: str
+    completion: str
+    reference: str
+
+
+@dataclass(frozen=True, slots=True)
+class Nll:
+    sample_id: str
+    arm: str
+    nats: float
+    tokens: int
+
+
+Statistics = Mapping[str, Mapping[str, Sequence[float]]]  # arm -> sample id -> K statistics
+
+
+@dataclass(frozen=True, slots=True)
+class Measure:
+    name: str
+    label: str
+    better: Better
+    signature: str
+    aggregate: Aggregate
+    statistics: Statistics
+    scripts: frozenset[Script] = ALL
+
+    def about(self, reference: str) -> bool:
+        """Says whether a sample with this reference belongs to the measure."""
+        return script_of(reference) in self.scripts
+
+
+def measures(replies: Sequence[Completion], nlls: Sequence[Nll]) -> list[Measure]:
+    """Returns every measure, in the report's order; one without samples has empty statistics."""
+    return [_perplexity(nlls), *_rouge(replies), *_bleu(replies), _chrf(replies), _length(replies)]
+
+
+def _perplexity(nlls: Sequence[Nll]) -> Measure:
+    signature = "exp(sum nll / sum tokens)|tokens:reference reply and its end of turn|template:the server's"
+    rows = ((nll, [nll.nats, float(nll.tokens)]) for nll in nlls)
+    return Measure("perplexity", "Perplexity", Better.LOWER, signature, perplexity, _by_arm(rows))
+
+
+def _rouge(replies: Sequence[Completion]) -> list[Measure]:
+    scores = _compute(Rouge, replies)
+    scripts = [script_of(reply.reference) for reply in replies]
+    counts = ",".join(f"{script.value}={scripts.count(script)}" for script in Script)
+    return [
+        Measure(
+            name,
+            label,
+            Better.HIGHER,
+            f"{ROUGE_SIGNATURE}|replies:{counts}",
+            mean,
+            _by_arm((reply, [score, 1.0]) for reply, score in zip(replies, scores.get(name, []), strict=True)),
+        )
+        for name, label in ROUGE_LABELS.items()
+    ]
+
+
+def _bleu(replies: Sequence[Completion]) -> list[Measure]:
+    """BLEU is a score of a corpus in one language: Chinese replies get their own row, where there are any."""
+    found = {script_of(reply.reference) for reply in replies}
+    rows = []
+    if found - CHINESE or not found:
+        result = _score(Bleu, replies, ALL - CHINESE, tokenize="13a")
+        rows.append(_sacrebleu("bleu", "BLEU", corpus_bleu, result))
+    if found & CHINESE:
+        result = _score(Bleu, replies, CHINESE, tokenize="zh")
+        rows.append(_sacrebleu("bleu_zh", "BLEU (Chinese)", corpus_bleu, result))
+    return rows
+
+
+def _chrf(replies: Sequence[Completion]) -> Measure:
+    return _sacrebleu("chrf", "chrF", corpus_chrf, _score(Chrf, replies, ALL))
+
+
+def _length(replies: Sequence[Completion]) -> Measure:
+    signature = "words of the completion, a CJK character counts as one|average:mean"
+    rows = ((reply, [float(length_words(reply.completion)), 1.0]) for reply in replies)
+    return Measure("reply_length", "Reply length (words)", Better.NEITHER, signature, mean, _by_arm(rows))
+
+
+@dataclass(frozen=True, slots=True)
+class _Scored:
+    statistics: Statistics
+    signature: str | None  # None where there was nothing to score
+    scripts: frozenset[Script]
+
+
+def _score(
+    metric: Callable[..., Any], replies: Sequence[Completion], scripts: frozenset[Script], **options: str
+) -> _Scored:
+    own = [reply for reply in replies if script_of(reply.reference) in scripts]
+    result = _compute(metric, own, **options)
+    rows = zip(own, result.get("statistics", []), strict=True)
+    return _Scored(_by_arm(rows), result.get("signature"), scripts)
+
+
+def _sacrebleu(name: str, label: str, aggregate: Aggregate, scored: _Scored) -> Measure:
+    signature = "|".join(filter(None, (f"sacrebleu:{name}", scored.signature)))
+    return Measure(name, label, Better.HIGHER, signature, aggregate, scored.statistics, scored.scripts)
+
+
+def _compute(metric: Callable[..., Any], replies: Sequence[Completion], **options: str) -> dict[str, Any]:
+    """Runs one of the metric scripts; it keeps its data in memory, and its cache folder goes away with it."""
+    if not replies:
+        return {}
+    predictions, references = [reply.completion for reply in replies], [reply.reference for reply in replies]
+    with tempfile.TemporaryDirectory(prefix="graft-metric-") as cache:
+        scorer = metric(keep_in_memory=True, cache_dir=cache)
+        return dict(scorer.compute(predictions=predictions, references=references, **options))
+
+
+def _by_arm(rows: Iterable[tuple[Completion | Nll, Sequence[float]]]) -> Statistics:
+    statistics: dict[str, dict[str, Sequence[float]]] = {}
+    for row, values in rows:
+        statistics.setdefault(row.arm, {})[row.sample_id] = values
+    return statistics

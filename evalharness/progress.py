@@ -1,0 +1,44 @@
+"""Progress: one line that says how far a stage is, how fast, and when it ends."""
+
+from __future__ import annotations
+
+import time
+from typing import TextIO
+
+LINE_EVERY_S = 10.0  # where the output is a file, not a terminal
+REDRAW_EVERY_S = 0.2
+
+
+class Progress:
+    def __init__(self, label: str, total: int, out: TextIO) -> None:
+        self._label, self._total, self._out = label, total, out
+        self._done = self._failed = 0
+        self._start = self._shown = time.monotonic()
+        self._terminal = out.isatty()
+
+    def advance(self, *, failed: bool) -> None:
+        self._done += 1
+        self._failed += failed
+        now = time.monotonic()
+        last = self._done == self._total
+        if last or now - self._shown >= (REDRAW_EVERY_S if self._terminal else LINE_EVERY_S):
+            self._shown = now
+            self._write(self.line(now - self._start), end=last)
+
+    def line(self, elapsed_s: float) -> str:
+        rate = self._done / max(elapsed_s, 1e-9)
+        left_s = (self._total - self._done) / rate if self._done else 0.0
+        failed = f"  {self._failed} failed" if self._failed else ""
+        return f"{self._label}  {self._done}/{self._total}  {rate:.2f}/s  ETA {_duration(left_s)}{failed}"
+
+    def _write(self, line: str, *, end: bool) -> None:
+        if self._terminal:
+            self._out.write("\r\x1b[K" + line + ("\n" if end else ""))
+        else:
+            self._out.write(line + "\n")
+        self._out.flush()
+
+
+def _duration(seconds: float) -> str:
+    minutes, rest = divmod(round(seconds), 60)
+    return f"{minutes}:{rest:02d}"
