@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 
 from evalharness.client import Client, normalise_url
 from evalharness.errors import EvalError
+from evalharness.load.command import add_parser
 from evalharness.records import RunHeader, SamplingSettings
 from evalharness.runner import run
 from evalharness.samples import load_fixed_prompts, load_samples
@@ -24,8 +25,7 @@ DEFAULT_RESAMPLES = 2000
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    words = list(sys.argv[1:] if argv is None else argv)
-    arguments = _parser(with_load=words[:1] == ["load"]).parse_args(words)
+    arguments = _parser().parse_args(argv)
     command: Callable[[argparse.Namespace], int] = arguments.func
     try:
         return command(arguments)
@@ -37,7 +37,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return EXIT_INTERRUPTED
 
 
-def _parser(*, with_load: bool) -> argparse.ArgumentParser:
+def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m evalharness", description=__doc__)
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     _add_run(commands.add_parser("run", help="ask every arm, append the records, then compare and report"))
@@ -52,12 +52,7 @@ def _parser(*, with_load: bool) -> argparse.ArgumentParser:
         command.set_defaults(func=function)
         if name == "gate":
             _add_rules(command)
-    if with_load:  # imports locust, which patches the sockets that `run` uses
-        from evalharness.load.command import add_parser
-
-        add_parser(commands)
-    else:
-        commands.add_parser("load", help="put users on the server and measure TTFT, TPOT and tokens/s")
+    add_parser(commands)
     return parser
 
 

@@ -3,11 +3,17 @@
 GraftError
 ├── BadRequest 400          a field is wrong; `param` names it
 │   ├── UnsupportedField    a known OpenAI field that would change the output and is not supported
-│   └── ContextTooLong      code context_length_exceeded
-├── ModelNotFound 404
-├── BodyTooLarge 413
-├── AdapterRejected 422     an adapter that must not, or cannot, run on this base
+│   ├── UnknownField        a field that OpenAI does not have either
+│   ├── ContextTooLong      code context_length_exceeded
+│   ├── ModelNotFound 404
+│   ├── RouteNotFound 404
+│   ├── MethodNotAllowed 405
+│   ├── BodyTooLarge 413
+│   ├── ModelRejected 422   a base or merged directory that cannot be served
+│   └── AdapterRejected 422 an adapter that must not, or cannot, run on this base
 ├── Overloaded 429
+├── ClientClosed 499        the client left before its answer; only logs and metrics see it
+├── NotReady 503            the weights are still loading
 └── EngineDead 503
 """
 
@@ -20,6 +26,7 @@ class GraftError(Exception):
     status = 500
     type = "server_error"
     code = "internal_error"
+    retry_after_s: int | None = None  # OpenAI's client obeys at most 120
 
     def __init__(self, message: str, *, param: str | None = None, code: str | None = None) -> None:
         super().__init__(message)
@@ -42,6 +49,10 @@ class UnsupportedField(BadRequest):
     code = "unsupported_field"
 
 
+class UnknownField(BadRequest):
+    code = "unknown_field"
+
+
 class ContextTooLong(BadRequest):
     code = "context_length_exceeded"
 
@@ -51,9 +62,24 @@ class ModelNotFound(BadRequest):
     code = "model_not_found"
 
 
+class RouteNotFound(BadRequest):
+    status = 404
+    code = "route_not_found"
+
+
+class MethodNotAllowed(BadRequest):
+    status = 405
+    code = "method_not_allowed"
+
+
 class BodyTooLarge(BadRequest):
     status = 413
     code = "body_too_large"
+
+
+class ModelRejected(BadRequest):
+    status = 422
+    code = "model_rejected"
 
 
 class AdapterRejected(BadRequest):
@@ -65,9 +91,24 @@ class Overloaded(GraftError):
     status = 429
     type = "rate_limit_error"
     code = "overloaded"
+    retry_after_s = 2
+
+
+class ClientClosed(GraftError):
+    status = 499  # nginx's number for it
+    type = "client_error"
+    code = "client_closed_request"
+
+
+class NotReady(GraftError):
+    status = 503
+    type = "server_error"
+    code = "not_ready"
+    retry_after_s = 5
 
 
 class EngineDead(GraftError):
     status = 503
     type = "server_error"
     code = "engine_dead"
+    retry_after_s = 10

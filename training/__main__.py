@@ -37,12 +37,10 @@ def _split_overrides(words: Sequence[str]) -> tuple[list[str], list[str]]:
     own: list[str] = []
     overrides: list[str] = []
     for word in words:
-        if word.startswith("--") and "." in word.partition("=")[0]:
-            overrides.append(word)
-        elif overrides and overrides[-1].startswith("--") and "=" not in overrides[-1] and not word.startswith("--"):
-            overrides.append(word)
-        else:
-            own.append(word)
+        is_field = word.startswith("--") and "." in word.partition("=")[0]
+        last = overrides[-1] if overrides else ""
+        is_value = last.startswith("--") and "=" not in last and not word.startswith("--")
+        (overrides if is_field or is_value else own).append(word)
     return own, overrides
 
 
@@ -65,6 +63,7 @@ def _parser() -> argparse.ArgumentParser:
     check = commands.add_parser("check", help="verify an adapter directory, file by file")
     check.add_argument("directory", type=Path)
     check.add_argument("--base", type=Path, help="also compare with this base model directory")
+    check.add_argument("--digest", action="store_true", help="print the adapter's digest alone")
     check.set_defaults(run=_check)
     base = commands.add_parser("base", help="print the local directory of a recipe's base, fetched if need be")
     base.add_argument("recipe")
@@ -83,7 +82,9 @@ def _fields_help() -> str:
 def _add_train(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("recipe", nargs="?", default="smollm2-starter", help="TOML file or name (default %(default)s)")
     parser.add_argument("--out", type=Path, help="run directory (default runs/<run.name>)")
-    parser.add_argument("--resume", action="store_true", help="go on from the newest whole checkpoint, if there is one")
+    start = parser.add_mutually_exclusive_group()
+    start.add_argument("--resume", action="store_true", help="go on with an unfinished run of the same inputs, if any")
+    start.add_argument("--fresh", action="store_true", help="discard an unfinished run")
     parser.add_argument(
         "--if-changed", action="store_true", help="do nothing where the same inputs were trained already"
     )
@@ -118,10 +119,11 @@ def _train(arguments: argparse.Namespace, overrides: Sequence[str]) -> int:
         print(f"{out / 'adapter'} is up to date")
         return 0
     from training.stop import EXIT_STOPPED, TrainingStopped
-    from training.train import train
+    from training.train import Start, train
 
+    start = Start.RESUME if arguments.resume else Start.FRESH if arguments.fresh else Start.NEW
     try:
-        manifest = train(config, out, cache_dir(), go_on=arguments.resume)
+        manifest = train(config, out, cache_dir(), start)
     except TrainingStopped as stop:
         print(stop, file=sys.stderr)
         return EXIT_STOPPED
@@ -203,6 +205,9 @@ def _base_of(recipe: dict[str, object]) -> Path:
 
 def _check(arguments: argparse.Namespace, _: Sequence[str]) -> int:
     manifest = verify_adapter(arguments.directory)
+    if arguments.digest:
+        print(manifest.digest)
+        return 0
     print(f"{manifest.name}@{manifest.digest[:12]}: {len(manifest.files)} files match their hashes")
     print(f"base {manifest.base.model} {manifest.base.fingerprint[:12]}, template {manifest.chat.template_sha256[:12]}")
     if arguments.base and (found := fingerprint_base(arguments.base)) != manifest.base.fingerprint:

@@ -77,7 +77,7 @@ def load(path: Path, inputs: Mapping[str, str]) -> Checkpoint:
     if changed:
         raise CheckpointError(
             f"{path} was made with another {', '.join(changed)}; resume with what it was made with, "
-            "or start anew in another --out directory"
+            "or discard it with --fresh"
         )
     optimizer = torch.load(path / _OPTIMIZER, weights_only=True, map_location="cpu")
     weights = load_file(path / _WEIGHTS)

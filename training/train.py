@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import enum
+import shutil
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -9,6 +11,7 @@ from pathlib import Path
 from training import checkpoint
 from training.adapter import save_adapter
 from training.artifact import AdapterManifest, read_manifest
+from training.checkpoint import CheckpointError
 from training.config import TrainConfig, resolved_toml
 from training.log import Progress, TrainLog, ValidationRecord, plot_loss
 from training.run import Run, assemble, capture, resume
@@ -17,18 +20,29 @@ from training.step import optimizer_step, validation_nll
 from training.stop import TrainingStopped, stop_requests
 
 
-def train(config: TrainConfig, out: Path, cache: Path, *, go_on: bool = False) -> AdapterManifest:
-    """Trains the recipe and returns the manifest of `out/adapter`; `go_on` resumes the newest whole checkpoint.
+class Start(enum.Enum):
+    """What to do where `out` holds an unfinished run."""
+
+    NEW = "refuse"
+    RESUME = "go on from its newest whole checkpoint"
+    FRESH = "discard it"
+
+
+def train(config: TrainConfig, out: Path, cache: Path, start: Start = Start.NEW) -> AdapterManifest:
+    """Trains the recipe and returns the manifest of `out/adapter`; its checkpoints go once the adapter is whole.
 
     Raises ModelError, DataError or CheckpointError before any step, and TrainingStopped after a signal.
     """
+    if start is Start.NEW and (unfinished := checkpoint.newest(out / "checkpoints")):
+        raise CheckpointError(f"{unfinished} is of an unfinished run: go on with --resume, or discard it with --fresh")
     run = assemble(config, out, cache)
-    done = resume(run) if go_on else 0
+    done = resume(run) if start is Start.RESUME else 0
     log = _open(run, done)
     with stop_requests() as stop:
         _steps(run, log, done, stop)
     if run.accelerator.is_main_process:
         save_adapter(out / "adapter", run.peft_model, run.tokenizer, config, run.base, run.data, log)
+        shutil.rmtree(out / "checkpoints")
     run.accelerator.wait_for_everyone()
     return read_manifest(out / "adapter")
 
@@ -37,6 +51,8 @@ def _open(run: Run, done: int) -> TrainLog:
     if not run.accelerator.is_main_process:
         return TrainLog(None)
     run.out.mkdir(parents=True, exist_ok=True)
+    if done == 0:
+        shutil.rmtree(run.out / "checkpoints", ignore_errors=True)
     (run.out / "recipe.toml").write_text(resolved_toml(run.config), encoding="utf-8")
     write_held_out(run.out / "held_out.jsonl", run.data.held_out)
     return TrainLog(run.out / "train_log.jsonl", done)

@@ -15,7 +15,7 @@ from training.artifact import ADAPTER_WEIGHTS, verify_adapter
 from training.checkpoint import CheckpointError
 from training.log import read_log
 from training.stop import TrainingStopped
-from training.train import train
+from training.train import Start, train
 
 
 def weights(run: Path) -> bytes:
@@ -38,24 +38,34 @@ def test_a_run_leaves_a_verified_adapter_and_its_records(tiny_base: Path, tmp_pa
         assert (tmp_path / "run" / name).stat().st_size > 0
 
 
-@pytest.mark.parametrize("stop_after", [1, 3])
-def test_a_stopped_run_resumes_to_the_same_bytes(tiny_base: Path, tmp_path: Path, monkeypatch, stop_after: int):
-    config = small_config(tiny_base, tmp_path, lora={"dropout": 0.1})
-    train(config, tmp_path / "whole", tmp_path)
+@pytest.fixture
+def stop_after(monkeypatch):
+    """Returns a function that makes a SIGTERM arrive during the given step, once; and the steps that ran."""
     real, calls = train_module.optimizer_step, []
 
-    def step_then_signal(run, step):
-        calls.append(step)
-        record = real(run, step)
-        if len(calls) == stop_after:
-            os.kill(os.getpid(), signal.SIGTERM)
-        return record
+    def arm(count: int) -> list[int]:
+        def step_then_signal(run, step):
+            calls.append(step)
+            record = real(run, step)
+            if len(calls) == count:
+                os.kill(os.getpid(), signal.SIGTERM)
+            return record
 
-    monkeypatch.setattr(train_module, "optimizer_step", step_then_signal)
-    with pytest.raises(TrainingStopped, match=f"after step {stop_after} of 6"):
+        monkeypatch.setattr(train_module, "optimizer_step", step_then_signal)
+        return calls
+
+    return arm
+
+
+@pytest.mark.parametrize("steps", [1, 3])
+def test_a_stopped_run_resumes_to_the_same_bytes(tiny_base: Path, tmp_path: Path, stop_after, steps: int):
+    config = small_config(tiny_base, tmp_path, lora={"dropout": 0.1})
+    train(config, tmp_path / "whole", tmp_path)
+    calls = stop_after(steps)
+    with pytest.raises(TrainingStopped, match=f"after step {steps} of 6"):
         train(config, tmp_path / "stopped", tmp_path)
     assert not (tmp_path / "stopped" / "adapter").exists()
-    train(config, tmp_path / "stopped", tmp_path, go_on=True)
+    train(config, tmp_path / "stopped", tmp_path, Start.RESUME)
     assert calls == list(range(6))
     assert weights(tmp_path / "stopped") == weights(tmp_path / "whole")
     logs = [
@@ -63,14 +73,21 @@ def test_a_stopped_run_resumes_to_the_same_bytes(tiny_base: Path, tmp_path: Path
         for run in ("whole", "stopped")
     ]
     assert logs[0] == logs[1]
+    assert not (tmp_path / "stopped" / "checkpoints").exists()
 
 
-def test_resuming_with_another_recipe_or_data_is_refused(tiny_base: Path, tmp_path: Path):
-    train(small_config(tiny_base, tmp_path), tmp_path / "run", tmp_path)
-    before = weights(tmp_path / "run")
+def test_an_unfinished_run_is_neither_lost_nor_mixed(tiny_base: Path, tmp_path: Path, stop_after):
+    config, out = small_config(tiny_base, tmp_path), tmp_path / "run"
+    stop_after(2)
+    with pytest.raises(TrainingStopped):
+        train(config, out, tmp_path)
+    with pytest.raises(CheckpointError, match="--resume, or discard it with --fresh"):
+        train(config, out, tmp_path)
     with pytest.raises(CheckpointError, match="another recipe"):
-        train(small_config(tiny_base, tmp_path, lora={"alpha": 4.0}), tmp_path / "run", tmp_path, go_on=True)
+        train(small_config(tiny_base, tmp_path, lora={"alpha": 4.0}), out, tmp_path, Start.RESUME)
+    assert (out / "checkpoints" / "step-000002").is_dir()
     write_rows(tmp_path / "rows.jsonl", 25)
     with pytest.raises(CheckpointError, match="another data"):
-        train(small_config(tiny_base, tmp_path), tmp_path / "run", tmp_path, go_on=True)
-    assert weights(tmp_path / "run") == before
+        train(config, out, tmp_path, Start.RESUME)
+    assert (out / "checkpoints" / "step-000002").is_dir()
+    assert train(config, out, tmp_path, Start.FRESH).data.rows_train == 21

@@ -1,0 +1,1 @@
+"""Benchmarks: each performance claim as one command."""

@@ -1,0 +1,156 @@
+"""The middlewares: request id, access log, last resort for errors, body limit and type; plain ASGI, for streams."""
+
+from __future__ import annotations
+
+import json
+import logging
+import re
+import time
+import uuid
+from dataclasses import dataclass, field
+from typing import Any
+
+from starlette.datastructures import Headers, MutableHeaders
+from starlette.requests import Request
+from starlette.responses import Response
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from serving.errors import BodyTooLarge, GraftError
+from serving.metrics import Metrics
+
+access_logger = logging.getLogger("graft.access")
+logger = logging.getLogger("graft.app")
+_FORM = "application/x-www-form-urlencoded"
+_SANE_ID = re.compile(r"[A-Za-z0-9._:-]{1,128}")
+
+
+@dataclass(slots=True)
+class RequestFacts:
+    """What is known of one request by its end; never message text. Lives in the scope's state."""
+
+    request_id: str
+    arrived_s: float = field(default_factory=time.perf_counter)
+    status: int | None = None
+    model: str = ""  # a name from the catalog
+    prompt_tokens: int | None = None
+    completion_tokens: int | None = None
+    stream_error: str | None = None
+    client_left: bool = False
+
+
+def facts_of(request: Request) -> RequestFacts:
+    facts: RequestFacts = request.scope["state"]["facts"]
+    return facts
+
+
+def error_response(error: GraftError) -> Response:
+    """Writes OpenAI's envelope, in ASCII, so that no broken character of a request can break its answer."""
+    headers = {} if error.retry_after_s is None else {"retry-after": str(error.retry_after_s)}
+    return Response(json.dumps(error.envelope()), error.status, headers, "application/json")
+
+
+class RequestRecorder:
+    """Names each request, writes its log line, counts it, and answers 500 where the app raised."""
+
+    def __init__(self, app: ASGIApp, metrics: Metrics) -> None:
+        self._app = app
+        self._metrics = metrics
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        facts = RequestFacts(_request_id(Headers(scope=scope).get("x-request-id", "")))
+        scope.setdefault("state", {})["facts"] = facts
+
+        async def send_named(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                facts.status = message["status"]
+                MutableHeaders(scope=message)["x-request-id"] = facts.request_id
+            await send(message)
+
+        try:
+            await self._app(scope, receive, send_named)
+        except Exception:
+            logger.exception("request %s failed", facts.request_id)
+            if facts.status is not None:  # too late for another answer: the server cuts the connection
+                raise
+            bug = GraftError("the server failed; this is a bug, its log has the details under this x-request-id")
+            await error_response(bug)(scope, receive, send_named)
+        finally:
+            self._record(scope, facts)
+
+    def _record(self, scope: Scope, facts: RequestFacts) -> None:
+        route = getattr(scope.get("route"), "path", "unmatched")
+        status = "cancelled" if facts.status is None else str(facts.status)
+        self._metrics.requests.labels(route, facts.model, status).inc()
+        line: dict[str, Any] = {
+            "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+            "event": "request",
+            "request_id": facts.request_id,
+            "method": scope["method"],
+            "path": scope["path"],
+            "status": facts.status,
+            "seconds": round(time.perf_counter() - facts.arrived_s, 6),
+            "model": facts.model or None,
+            "prompt_tokens": facts.prompt_tokens,
+            "completion_tokens": facts.completion_tokens,
+            "stream_error": facts.stream_error,
+            "client_left": facts.client_left or None,
+        }
+        access_logger.info(json.dumps({key: value for key, value in line.items() if value is not None}))
+
+
+class BodyLimit:
+    """Reads a body before the app does, and answers 413 where it is over the limit, announced or not."""
+
+    def __init__(self, app: ASGIApp, limit_bytes: int) -> None:
+        self._app = app
+        self._limit_bytes = limit_bytes
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        announced = int(Headers(scope=scope).get("content-length", "0"))
+        messages = None if announced > self._limit_bytes else await self._read(receive)
+        if messages is None:
+            error = BodyTooLarge(f"the body has more than {self._limit_bytes} bytes, the limit; send a smaller one")
+            await error_response(error)(scope, receive, send)
+            return
+        replay = iter(messages)
+
+        async def receive_again() -> Message:
+            return next(replay, None) or await receive()
+
+        await self._app(scope, receive_again, send)
+
+    async def _read(self, receive: Receive) -> list[Message] | None:
+        messages: list[Message] = []
+        size = 0
+        while True:
+            message = await receive()
+            messages.append(message)
+            size += len(message.get("body", b""))
+            if size > self._limit_bytes:
+                return None
+            if not message.get("more_body", False):  # the last part, or a disconnect
+                return messages
+
+
+class JsonBodies:
+    """Has a body that is labelled a form read as JSON: `curl -d` labels it so, and no route takes a form."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self._app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "http" and Headers(scope=scope).get("content-type", "").startswith(_FORM):
+            headers = MutableHeaders(raw=list(scope["headers"]))
+            headers["content-type"] = "application/json"
+            scope = {**scope, "headers": headers.raw}
+        await self._app(scope, receive, send)
+
+
+def _request_id(given: str) -> str:
+    return given if _SANE_ID.fullmatch(given) else f"req-{uuid.uuid4().hex}"

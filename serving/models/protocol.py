@@ -1,0 +1,23 @@
+"""The model on the wire: OpenAI's object, and what is known of its revision."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import BaseModel
+
+
+class Model(BaseModel):
+    id: str
+    object: Literal["model"] = "model"
+    created: int  # seconds since 1970
+    owned_by: Literal["graft"] = "graft"
+    kind: str  # base, adapter or merged
+    revision: str  # what responses will call it
+    digest: str  # sha256
+    parent: str | None  # an adapter's base
+
+
+class ModelList(BaseModel):
+    object: Literal["list"] = "list"
+    data: list[Model]

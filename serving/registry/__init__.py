@@ -1,0 +1,1 @@
+"""Knows which models are served, and which of them a request names."""

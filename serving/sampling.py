@@ -1,0 +1,147 @@
+"""The sampling fields: what chat and text completions share on the wire, and the engine requests they become."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Annotated, ClassVar
+
+from pydantic import BeforeValidator, Field
+
+from serving.engine.completion import Choice
+from serving.engine.engine import GenerationRequest, Sampling
+from serving.errors import BadRequest, ContextTooLong
+from serving.registry.catalog import ServedModel
+from serving.wire import Harmless, Wire, whole_text
+
+MAX_STOPS = 16
+MAX_STOP_CHARACTERS = 1024
+# Fields of OpenAI and vLLM that both kinds of completion know, with the values that change no output.
+SHARED_HARMLESS: Harmless = {
+    "user": None,
+    "metadata": None,
+    "safety_identifier": None,
+    "prompt_cache_key": None,
+    "prompt_cache_retention": None,
+    "store": (False,),
+    "service_tier": ("auto", "default"),
+    "logit_bias": ({},),
+    "response_format": ({"type": "text"},),
+    "top_k": (-1, 0),
+    "min_p": (0,),
+    "typical_p": (1,),
+    "repetition_penalty": (1,),
+    "length_penalty": (1,),
+    "best_of": (),
+    "use_beam_search": (False,),
+    "ignore_eos": (False,),
+    "min_tokens": (0,),
+    "stop_token_ids": ([],),
+    "include_stop_str_in_output": (False,),
+    "skip_special_tokens": (True,),
+    "spaces_between_special_tokens": (True,),
+    "truncate_prompt_tokens": (),
+    "prompt_logprobs": (),
+    "bad_words": ([],),
+    "allowed_token_ids": (),
+    "guided_json": (),
+    "guided_regex": (),
+    "guided_choice": (),
+    "guided_grammar": (),
+    "structured_outputs": (),
+    "priority": (0,),
+    "lora_path": (),
+}
+
+
+def _stops(value: object) -> object:
+    stops = [value] if isinstance(value, str) else value
+    if not isinstance(stops, list) or not all(isinstance(stop, str) for stop in stops):
+        raise ValueError("has to be a string or a list of strings")
+    if len(stops) > MAX_STOPS:
+        raise ValueError(f"has {len(stops)} entries; at most {MAX_STOPS} are allowed")
+    if not all(0 < len(stop) <= MAX_STOP_CHARACTERS for stop in stops):
+        raise ValueError(f"each stop string has 1 to {MAX_STOP_CHARACTERS} characters")
+    return tuple(map(whole_text, stops))
+
+
+class StreamOptions(Wire):
+    harmless: ClassVar[Harmless] = {"include_obfuscation": (False,), "continuous_usage_stats": (False,)}
+    include_usage: bool = False
+
+
+class SamplingFields(Wire):
+    model: str
+    temperature: float = Field(1.0, ge=0, le=2)
+    top_p: float = Field(1.0, gt=0, le=1)
+    seed: int | None = Field(None, ge=-(2**63), lt=2**63)
+    n: int = Field(1, ge=1, le=16)
+    stop: Annotated[tuple[str, ...], BeforeValidator(_stops)] = ()
+    presence_penalty: float = Field(0.0, ge=-2, le=2)
+    frequency_penalty: float = Field(0.0, ge=-2, le=2)
+    stream: bool = False
+    stream_options: StreamOptions | None = None
+
+    @property
+    def include_usage(self) -> bool:
+        return self.stream_options is not None and self.stream_options.include_usage
+
+    def check_stream_options(self) -> None:
+        if self.stream_options is not None and not self.stream:
+            raise BadRequest(
+                "stream_options needs stream: true; set it or remove stream_options", param="stream_options"
+            )
+
+
+def room_for(prompt_tokens: int, asked: int | None, default: int | None, context_length: int, param: str) -> int:
+    """Returns the completion tokens of a request; raises ContextTooLong, with the numbers, where they do not fit.
+
+    `asked` None means `default`, or less where the context ends before; both None mean all that is left.
+    """
+    left = context_length - prompt_tokens
+    if left < 0 or (left == 0 and asked != 0):
+        raise ContextTooLong(
+            f"the prompt has {prompt_tokens} tokens and the context {context_length}, so there is no room to reply: "
+            "shorten the prompt",
+            param=param,
+        )
+    if asked is not None and asked > left:
+        raise ContextTooLong(
+            f"{prompt_tokens} prompt tokens and max_tokens {asked} are {prompt_tokens + asked} tokens, but the context "
+            f"has {context_length}; shorten the prompt or ask for at most {left}",
+            param=param,
+        )
+    return min(left, left if default is None else default) if asked is None else asked
+
+
+def choices_for(
+    fields: SamplingFields,
+    model: ServedModel,
+    response_id: str,
+    prompts: Sequence[tuple[tuple[int, ...], int]],
+    logprobs: int | None,
+    prompt_logprobs: int | None = None,
+) -> tuple[Choice, ...]:
+    """Returns `n` choices a prompt; each prompt comes with its completion tokens. Choice i of a prompt has seed + i."""
+    choices: list[Choice] = []
+    for prompt_ids, max_tokens in prompts:
+        for number in range(fields.n):
+            sampling = Sampling(
+                max_tokens=max_tokens,
+                temperature=fields.temperature,
+                top_p=fields.top_p,
+                seed=None if fields.seed is None else _wrap(fields.seed + number),
+                presence_penalty=fields.presence_penalty,
+                frequency_penalty=fields.frequency_penalty,
+                stop_token_ids=model.stop_token_ids,
+            )
+            index = len(choices)
+            request = GenerationRequest(
+                f"{response_id}-{index}", model.variant, prompt_ids, sampling, logprobs, prompt_logprobs
+            )
+            choices.append(Choice(index, request, fields.stop))
+    return tuple(choices)
+
+
+def _wrap(seed: int) -> int:
+    """Keeps seed + i inside 64 bits."""
+    return (seed + 2**63) % 2**64 - 2**63

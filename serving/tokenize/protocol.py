@@ -1,0 +1,43 @@
+"""The tokenization on the wire, in vLLM's words."""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+from pydantic import BaseModel, Field, model_validator
+
+from serving.errors import BadRequest
+from serving.messages import ChatMessage
+from serving.wire import Harmless, Text, Wire
+
+
+class TokenizeRequest(Wire):
+    """Exactly one of `prompt` and `messages`."""
+
+    harmless: ClassVar[Harmless] = {
+        "add_special_tokens": (),
+        "return_token_strs": (False,),
+        "continue_final_message": (False,),
+        "chat_template": (),
+        "chat_template_kwargs": ({},),
+        "mm_processor_kwargs": ({},),
+        "tools": ([],),
+    }
+    model: str
+    prompt: Text | None = None
+    messages: list[ChatMessage] | None = Field(None, min_length=1)
+    add_generation_prompt: bool = True
+
+    @model_validator(mode="after")
+    def _one_input(self) -> TokenizeRequest:
+        if (self.prompt is None) == (self.messages is None):
+            raise BadRequest("give either prompt or messages, not both and not none", param="prompt")
+        if self.prompt is not None and "add_generation_prompt" in self.model_fields_set:
+            raise BadRequest("add_generation_prompt needs messages; remove it", param="add_generation_prompt")
+        return self
+
+
+class TokenizeResponse(BaseModel):
+    tokens: list[int]
+    count: int
+    max_model_len: int  # the context, in tokens

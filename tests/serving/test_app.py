@@ -1,0 +1,385 @@
+"""The whole app over HTTP, as OpenAI's own client and as a rude one see it."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from concurrent.futures import ThreadPoolExecutor
+
+import httpx
+import openai
+import pytest
+
+from serving.errors import AdapterRejected
+from tests.serving.bad_inputs import BAD_INPUTS
+from tests.tiny import make_fake_app, make_tokenizer, running_server, wait_until
+
+USER = {"role": "user", "content": "hi"}
+SPOKEN = "Hi 🦊👩🏽‍💻 你好,世界 – naïve. END of it"
+
+
+@pytest.fixture(scope="module")
+def client(fake_server):
+    with openai.OpenAI(base_url=f"{fake_server}/v1", api_key="none", max_retries=0) as client:
+        yield client
+
+
+@pytest.fixture
+def serve(tiny_base, tiny_adapters):
+    """Serves an app of its own: `serve(**options)` returns its URL and engine."""
+    running = []
+
+    def start(*, wait_ready=True, **options):
+        app, engine = make_fake_app(tiny_base, tiny_adapters, **options)
+        context = running_server(app, wait_ready=wait_ready)
+        running.append(context)
+        return context.__enter__(), engine
+
+    yield start
+    for context in running:
+        context.__exit__(None, None, None)
+
+
+def chat(url, **fields):
+    return httpx.post(f"{url}/v1/chat/completions", json={"model": "base", "messages": [USER], **fields}, timeout=30)
+
+
+def envelope(response) -> dict:
+    """Returns the error after holding its shape."""
+    assert response.headers["content-type"] == "application/json"
+    assert response.headers["x-request-id"]
+    body = response.json()
+    assert list(body) == ["error"]
+    assert set(body["error"]) == {"message", "type", "param", "code"}
+    assert isinstance(body["error"]["code"], str)
+    return body["error"]
+
+
+class TestOpenAIsClient:
+    def test_a_chat_completion(self, client):
+        reply = client.chat.completions.create(model="base", messages=[USER], max_tokens=6, temperature=0)
+        assert reply.object == "chat.completion"
+        assert reply.choices[0].message.role == "assistant"
+        assert reply.choices[0].finish_reason in {"stop", "length"}
+        assert reply.usage.total_tokens == reply.usage.prompt_tokens + reply.usage.completion_tokens
+        assert reply.model == "base"
+        assert reply.system_fingerprint.startswith("graft-")
+
+    def test_each_model_answers_for_itself(self, client):
+        replies = {}
+        for model in ("base", "starter", "other"):
+            raw = client.chat.completions.with_raw_response.create(
+                model=model, messages=[USER], max_tokens=12, temperature=0
+            )
+            reply = raw.parse()
+            replies[model] = reply.choices[0].message.content
+            assert reply.model.split("@")[0] == model
+            assert raw.headers.get("x-adapter-revision") == (None if model == "base" else reply.model)
+            again = client.chat.completions.create(model=reply.model, messages=[USER], max_tokens=12, temperature=0)
+            assert again.choices[0].message.content == replies[model]
+        assert len(set(replies.values())) == 3
+
+    def test_a_stream_says_what_the_reply_says(self, client):
+        fields = {"model": "starter", "messages": [USER], "max_tokens": 30, "seed": 7, "n": 2}
+        whole = client.chat.completions.create(**fields)
+        chunks = list(client.chat.completions.create(**fields, stream=True, stream_options={"include_usage": True}))
+        assert chunks[-1].usage == whole.usage
+        for choice in whole.choices:
+            own = [c.choices[0] for c in chunks if c.choices and c.choices[0].index == choice.index]
+            assert "".join(part.delta.content or "" for part in own) == choice.message.content
+            assert own[-1].finish_reason == choice.finish_reason
+
+    def test_the_async_client_runs_all_models_at_once(self, fake_server):
+        async def run():
+            async with openai.AsyncOpenAI(base_url=f"{fake_server}/v1", api_key="none", max_retries=0) as client:
+
+                async def ask(model):
+                    stream = await client.chat.completions.create(
+                        model=model, messages=[USER], max_tokens=10, temperature=0, stream=True
+                    )
+                    return "".join([chunk.choices[0].delta.content or "" async for chunk in stream])
+
+                models = ["base", "starter", "other"] * 4
+                return models, await asyncio.gather(*map(ask, models))
+
+        models, texts = asyncio.run(run())
+        assert len(set(zip(models, texts, strict=True))) == 3
+
+    def test_n_choices_are_seed_plus_i(self, client):
+        def texts(**fields):
+            reply = client.chat.completions.create(model="base", messages=[USER], max_tokens=10, **fields)
+            assert [choice.index for choice in reply.choices] == list(range(len(reply.choices)))
+            return [choice.message.content for choice in reply.choices]
+
+        three = texts(n=3, seed=40)
+        assert [texts(seed=40 + i)[0] for i in range(3)] == three
+        assert len(set(three)) > 1
+
+    def test_logprobs(self, client):
+        reply = client.chat.completions.create(
+            model="base", messages=[USER], max_tokens=5, temperature=0, logprobs=True, top_logprobs=3
+        )
+        content = reply.choices[0].logprobs.content
+        raw = b"".join(bytes(entry.bytes) for entry in content if not entry.token.startswith("<|"))
+        assert raw.decode(errors="replace") == reply.choices[0].message.content
+        for entry in content:
+            assert len(entry.top_logprobs) == 3
+            assert entry.top_logprobs[0].token == entry.token
+
+    def test_echo_scores_a_prompt(self, client, fake_server):
+        url = f"{fake_server}/tokenize"
+        ids = httpx.post(url, json={"model": "starter", "messages": [USER]}).json()["tokens"]
+        reply = client.completions.create(model="starter", prompt=ids, echo=True, logprobs=0, max_tokens=0)
+        choice = reply.choices[0]
+        assert choice.text.startswith("<|im_start|>system\n")
+        assert choice.logprobs.token_logprobs[0] is None
+        assert all(value <= 0 for value in choice.logprobs.token_logprobs[1:])
+        assert len(choice.logprobs.tokens) == len(ids) == reply.usage.prompt_tokens
+        for token, offset in zip(choice.logprobs.tokens, choice.logprobs.text_offset, strict=True):
+            assert choice.text[offset:].startswith(token)
+        assert (choice.finish_reason, reply.usage.completion_tokens) == ("length", 0)
+
+    def test_text_completions_stream_and_take_many_prompts(self, client):
+        fields = {"model": "base", "prompt": ["a", "the fox"], "max_tokens": 6, "temperature": 0, "echo": True}
+        whole = client.completions.create(**fields)
+        assert [choice.text.startswith(prompt) for choice, prompt in zip(whole.choices, fields["prompt"], strict=True)]
+        parts = list(client.completions.create(**fields, stream=True))
+        for choice in whole.choices:
+            assert "".join(p.choices[0].text for p in parts if p.choices[0].index == choice.index) == choice.text
+
+    def test_models_are_listed_and_found(self, client):
+        listed = {model.id: model for model in client.models.list()}
+        assert list(listed) == ["base", "starter", "other"]
+        revision = listed["starter"].revision
+        assert client.models.retrieve(revision).digest == listed["starter"].digest
+        with pytest.raises(openai.NotFoundError) as caught:
+            client.models.retrieve("nope")
+        assert caught.value.code == "model_not_found"
+
+    def test_errors_are_typed(self, client):
+        with pytest.raises(openai.BadRequestError) as caught:
+            client.chat.completions.create(model="base", messages=[USER], max_tokens=9999)
+        assert (caught.value.code, caught.value.param) == ("context_length_exceeded", "messages")
+        assert caught.value.request_id
+        with pytest.raises(openai.NotFoundError):
+            client.chat.completions.create(model="gpt-4o", messages=[USER])
+
+    def test_harmless_fields_are_accepted(self, client):
+        client.chat.completions.create(
+            model="base",
+            messages=[{"role": "developer", "content": "brief"}, {**USER, "name": "ann"}],
+            max_tokens=2,
+            user="u",
+            metadata={"a": "b"},
+            store=False,
+            service_tier="auto",
+            parallel_tool_calls=True,
+            response_format={"type": "text"},
+            tools=[],
+            tool_choice="none",
+            logit_bias={},
+            modalities=["text"],
+            safety_identifier="s",
+            prompt_cache_key="k",
+            seed=None,
+        )
+
+
+class TestText:
+    def script(self):
+        return tuple(make_tokenizer().encode(SPOKEN))
+
+    def test_characters_are_never_split(self, serve):
+        url, _ = serve(script=self.script(), end_of_turn_id=None)
+        body = {"model": "base", "messages": [USER], "max_tokens": len(self.script()), "temperature": 0, "stream": True}
+        contents = []
+        with httpx.stream("POST", f"{url}/v1/chat/completions", json=body) as response:
+            for line in response.iter_lines():
+                if line.startswith("data: {"):
+                    contents.append(json.loads(line[6:])["choices"][0]["delta"].get("content", ""))
+        assert "".join(contents) == SPOKEN
+        assert "\ufffd" not in "".join(contents)
+        assert len(contents) > 20
+
+    def test_a_stop_string_across_tokens_ends_the_text_before_it(self, serve):
+        url, engine = serve(script=self.script(), end_of_turn_id=None)
+        for stop, expected in (("END", SPOKEN[: SPOKEN.index("END")]), (["世界", "zzz"], "Hi 🦊👩🏽‍💻 你好,")):
+            choice = chat(url, temperature=0, max_tokens=60, stop=stop).json()["choices"][0]
+            assert choice["message"]["content"] == expected
+            assert choice["finish_reason"] == "stop"
+        wait_until(lambda: engine.stats().running == 0)
+
+    def test_an_end_of_turn_token_stops_and_is_not_counted(self, serve):
+        end = make_tokenizer().convert_tokens_to_ids("<|im_end|>")
+        url, _ = serve(script=(*make_tokenizer().encode("ok"), end), end_of_turn_id=None)
+        body = chat(url, temperature=0, logprobs=True).json()
+        assert body["choices"][0]["message"]["content"] == "ok"
+        assert body["choices"][0]["finish_reason"] == "stop"
+        assert body["usage"]["completion_tokens"] == len(make_tokenizer().encode("ok"))
+
+
+class TestBadInput:
+    def test_the_sweep_is_wide(self):
+        assert len(BAD_INPUTS) >= 40
+        assert len({code for *_, code in BAD_INPUTS}) >= 8
+
+    @pytest.mark.parametrize(("route", "body", "status", "param", "code"), BAD_INPUTS)
+    def test_it_is_answered_by_name_and_the_server_goes_on(self, fake_server, route, body, status, param, code):
+        raw = body.encode() if isinstance(body, str) else body
+        payload = {"content": raw} if isinstance(raw, bytes) else {"json": raw}
+        response = httpx.post(fake_server + route, headers={"content-type": "application/json"}, **payload)
+        error = envelope(response)
+        assert (response.status_code, error["param"], error["code"]) == (status, param, code), error["message"]
+        assert error["type"] == "invalid_request_error"
+        if param is not None and status == 400:
+            assert param.split("[")[0].split(".")[0] in error["message"] or "tokens" in error["message"]
+        assert httpx.get(f"{fake_server}/readyz").status_code == 200
+
+    def test_a_suggestion_is_made(self, fake_server):
+        assert "did you mean temperature?" in envelope(chat(fake_server, temprature=1))["message"]
+
+    def test_a_form_is_no_json(self, fake_server):
+        response = httpx.post(f"{fake_server}/v1/chat/completions", data={"model": "base"})
+        assert (response.status_code, envelope(response)["code"]) == (400, "invalid_json")
+
+    @pytest.mark.parametrize("headers", [{}, {"content-type": "application/x-www-form-urlencoded"}])
+    def test_json_needs_no_content_type(self, fake_server, headers):
+        body = json.dumps({"model": "base", "messages": [USER], "max_tokens": 1}).encode()
+        url = f"{fake_server}/v1/chat/completions"
+        assert httpx.post(url, content=body, headers=headers).status_code == 200
+
+    def test_unknown_routes_and_methods(self, fake_server):
+        for path in ("/", "/v1/nope", "/v1/chat/completions/", "/v1/chat"):
+            response = httpx.get(fake_server + path)
+            assert (response.status_code, envelope(response)["code"]) == (404, "route_not_found")
+        response = httpx.get(f"{fake_server}/v1/chat/completions")
+        assert (response.status_code, envelope(response)["code"]) == (405, "method_not_allowed")
+        assert response.headers["allow"] == "POST"
+        assert httpx.delete(f"{fake_server}/v1/models/base").status_code == 405
+
+    def test_a_body_over_the_limit_is_413_in_chunks_too(self, serve):
+        url, _ = serve(body_limit_bytes=2000)
+        big = json.dumps({"model": "base", "messages": [{"role": "user", "content": "x" * 3000}]}).encode()
+        for content in (big, (big[start : start + 100] for start in range(0, len(big), 100))):
+            response = httpx.post(f"{url}/v1/chat/completions", content=content)
+            assert (response.status_code, envelope(response)["code"]) == (413, "body_too_large")
+        small = json.dumps({"model": "base", "messages": [USER], "max_tokens": 1}).encode()
+        chunked = httpx.post(f"{url}/v1/chat/completions", content=(bytes([byte]) for byte in small))
+        assert chunked.status_code == 200
+
+
+class TestLeaving:
+    def test_a_client_that_leaves_a_stream_frees_the_work(self, serve):
+        url, engine = serve(token_delay_s=0.01)
+        body = {"model": "base", "messages": [USER], "max_tokens": 400, "temperature": 0, "n": 2, "stream": True}
+        with httpx.stream("POST", f"{url}/v1/chat/completions", json=body) as response:
+            next(response.iter_bytes())
+            assert engine.stats().running == 2
+        wait_until(lambda: engine.stats().running == 0)
+        assert engine.aborted == 2
+        assert chat(url, max_tokens=2).status_code == 200
+
+    def test_a_client_that_leaves_before_its_reply_frees_the_work(self, serve):
+        url, engine = serve(token_delay_s=0.02, end_of_turn_id=None)
+        with pytest.raises(httpx.ReadTimeout):
+            httpx.post(
+                f"{url}/v1/chat/completions", json={"model": "base", "messages": [USER], "temperature": 0}, timeout=0.5
+            )
+        wait_until(lambda: engine.stats().running == 0)
+        assert engine.aborted == 1
+        assert 'status="499"' in httpx.get(f"{url}/metrics").text
+
+    def test_a_client_that_leaves_the_queue_makes_room(self, serve):
+        url, engine = serve(token_delay_s=0.02, max_batch=1, max_queue=1, end_of_turn_id=None)
+        with ThreadPoolExecutor(2) as pool:
+            running = pool.submit(chat, url, temperature=0, max_tokens=150)
+            wait_until(lambda: engine.stats().running == 1)
+            with pytest.raises(httpx.ReadTimeout):
+                httpx.post(f"{url}/v1/completions", json={"model": "base", "prompt": "a"}, timeout=0.3)
+            wait_until(lambda: engine.stats().waiting == 0)
+            assert running.result().status_code == 200
+
+
+class TestTrouble:
+    def test_an_overfull_queue_is_429_with_retry_after(self, serve):
+        url, engine = serve(token_delay_s=0.02, max_batch=1, max_queue=1, end_of_turn_id=None)
+        with ThreadPoolExecutor(2) as pool:
+            running = [pool.submit(chat, url, temperature=0, max_tokens=60) for _ in range(2)]
+            wait_until(lambda: engine.stats().waiting == 1)
+            response = chat(url, max_tokens=1)
+            assert (response.status_code, envelope(response)["type"]) == (429, "rate_limit_error")
+            assert 0 < int(response.headers["retry-after"]) <= 120
+            assert [future.result().status_code for future in running] == [200, 200]
+
+    def test_before_it_is_ready_it_is_alive_and_says_when_to_retry(self, serve):
+        url, _ = serve(start_delay_s=1.5, wait_ready=False)
+        assert httpx.get(f"{url}/healthz").status_code == 200
+        for response in (httpx.get(f"{url}/readyz"), chat(url)):
+            assert (response.status_code, envelope(response)["code"]) == (503, "not_ready")
+            assert response.headers["retry-after"]
+        assert httpx.get(f"{url}/v1/models").status_code == 200
+        assert "graft_engine_ready 0.0" in httpx.get(f"{url}/metrics").text
+        wait_until(lambda: httpx.get(f"{url}/readyz").status_code == 200)
+        assert chat(url, max_tokens=1).status_code == 200
+
+    def test_a_dead_engine_is_503_everywhere(self, serve):
+        url, engine = serve()
+        engine.die()
+        for response in (chat(url), httpx.get(f"{url}/readyz"), httpx.get(f"{url}/healthz")):
+            assert (response.status_code, envelope(response)["code"]) == (503, "engine_dead")
+
+    def test_an_engine_that_cannot_start_is_told(self, serve):
+        heard = []
+
+        url, engine = serve(start_delay_s=0.5, wait_ready=False, on_failure=heard.append)
+
+        async def refuse(variant):
+            raise AdapterRejected(f"{variant.name} has modules that the base lacks")
+
+        engine.add = refuse
+        wait_until(lambda: bool(heard))
+        assert "modules that the base lacks" in envelope(httpx.get(f"{url}/healthz"))["message"]
+
+    @pytest.mark.parametrize("stream", [True, False])
+    def test_a_death_during_a_reply_raises_in_openais_client(self, serve, stream):
+        url, engine = serve(token_delay_s=0.02, end_of_turn_id=None)
+        with (
+            openai.OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0) as client,
+            ThreadPoolExecutor(1) as pool,
+        ):
+            fields = {"model": "base", "messages": [USER], "temperature": 0, "stream": stream}
+
+            def ask():
+                reply = client.chat.completions.create(**fields)
+                return list(reply) if stream else reply
+
+            running = pool.submit(ask)
+            wait_until(lambda: engine.stats().steps > 5)
+            engine.die()
+            with pytest.raises(openai.APIError) as caught:
+                running.result()
+        assert caught.value.code == "engine_dead"
+        if stream:
+            assert 'graft_stream_errors_total{code="engine_dead"} 1.0' in httpx.get(f"{url}/metrics").text
+        else:
+            assert isinstance(caught.value, openai.InternalServerError)
+
+
+class TestMetrics:
+    def test_labels_are_bounded(self, serve):
+        url, _ = serve()
+        for model in ("base", "starter", "nope", "starter@ffff"):
+            chat(url, model=model, max_tokens=3, temperature=0)
+        httpx.get(f"{url}/secret/path")
+        text = httpx.get(f"{url}/metrics").text
+        assert 'graft_requests_total{model="starter",route="/v1/chat/completions",status="200"} 1.0' in text
+        assert 'graft_requests_total{model="",route="/v1/chat/completions",status="404"} 2.0' in text
+        assert 'route="unmatched",status="404"' in text
+        assert "nope" not in text
+        assert "secret" not in text
+        assert "graft_engine_steps_total" in text
+
+
+def test_the_request_id_is_kept(fake_server):
+    response = httpx.get(f"{fake_server}/healthz", headers={"x-request-id": "mine-1"})
+    assert response.headers["x-request-id"] == "mine-1"

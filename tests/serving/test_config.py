@@ -1,0 +1,81 @@
+"""Flags win over the environment; a wrong one is named with its value and what to do."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+from pydantic import ValidationError
+
+from serving.config import ConfigError, read_config
+
+
+@pytest.fixture
+def base(tmp_path) -> str:
+    return str(tmp_path)
+
+
+def test_defaults(base):
+    config = read_config(["--base", base], {})
+    assert (config.base, config.base_name, config.host, config.port) == (Path(base), "base", "127.0.0.1", 8000)
+    assert (config.engine, config.max_batch, config.max_queue) == ("auto", 32, 256)
+    assert (config.context_length, config.body_limit_mib, config.drain_s) == (None, 4, 30)
+
+
+def test_flags_win_over_the_environment(base):
+    environment = {
+        "GRAFT_BASE": base,
+        "GRAFT_PORT": "9000",
+        "GRAFT_MAX_BATCH": "8",
+        "GRAFT_ADAPTER": f"a={base},b={base}",
+    }
+    config = read_config(["--port", "9001"], environment)
+    assert (config.port, config.max_batch) == (9001, 8)
+    assert config.adapters == {"a": Path(base), "b": Path(base)}
+
+
+def test_adapters_and_merged_repeat(base):
+    config = read_config(
+        ["--base", base, "--adapter", f"a={base}", "--adapter", f"b={base}", "--merged", f"c={base}"], {}
+    )
+    assert (list(config.adapters), list(config.merged)) == (["a", "b"], ["c"])
+
+
+def test_it_is_frozen(base):
+    with pytest.raises(ValidationError, match="frozen"):
+        read_config(["--base", base], {}).port = 1
+
+
+WRONG = [
+    ([], "--base is required; give it, or set GRAFT_BASE"),
+    (["--base", "/nowhere"], "--base /nowhere is no directory"),
+    (["--base", "{base}", "--adapter", "a"], "--adapter a: is not NAME=DIR"),
+    (["--base", "{base}", "--adapter", "a=/nowhere"], "--adapter a: /nowhere is no directory"),
+    (["--base", "{base}", "--adapter", "a@b={base}"], "a@b is no model name"),
+    (["--base", "{base}", "--adapter", "a={base}", "--adapter", "a={base}"], "'a' is given twice"),
+    (["--base", "{base}", "--adapter", "base={base}"], "'base' names 2 models"),
+    (["--base", "{base}", "--adapter", "m={base}", "--merged", "m={base}"], "'m' names 2 models"),
+    (["--base", "{base}", "--base-name", ""], "is no model name"),
+    (["--base", "{base}", "--port", "70000"], "--port 70000"),
+    (["--base", "{base}", "--port", "web"], "--port web"),
+    (["--base", "{base}", "--engine", "tpu"], "--engine tpu"),
+    (["--base", "{base}", "--max-batch", "0"], "--max-batch 0"),
+    (["--base", "{base}", "--context-length", "1"], "--context-length 1"),
+    (["--base", "{base}", "--body-limit-mib", "nan"], "--body-limit-mib nan"),
+    (["--base", "{base}", "--drain-s", "-1"], "--drain-s -1"),
+    (["--base", "{base}", "--log-level", "loud"], "--log-level loud"),
+]
+
+
+@pytest.mark.parametrize(("arguments", "message"), WRONG)
+def test_a_wrong_flag_is_named(base, arguments, message):
+    with pytest.raises(ConfigError, match=re.escape(message)):
+        read_config([argument.replace("{base}", base) for argument in arguments], {})
+
+
+def test_all_wrong_flags_are_named_at_once():
+    with pytest.raises(ConfigError) as caught:
+        read_config(["--base", "/nowhere", "--port", "web"], {})
+    assert "--base" in str(caught.value)
+    assert "--port" in str(caught.value)

@@ -1,0 +1,117 @@
+"""Every answer has an id and a log line, no body over the limit gets in, and no error gets out without an envelope."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import logging
+
+import pytest
+
+from serving.errors import NotReady
+from serving.metrics import Metrics
+from serving.middleware import BodyLimit, JsonBodies, RequestRecorder, error_response
+
+
+def call(app, *, body=(b"",), headers=(), path="/x"):
+    """Runs one ASGI request; returns the messages that the app sent."""
+    parts = [{"type": "http.request", "body": part, "more_body": True} for part in body]
+    parts[-1]["more_body"] = False
+    sent = []
+
+    async def receive():
+        return parts.pop(0) if parts else {"type": "http.disconnect"}
+
+    async def send(message):
+        sent.append(message)
+
+    scope = {"type": "http", "method": "POST", "path": path, "headers": list(headers)}
+    asyncio.run(app(scope, receive, send))
+    return sent
+
+
+async def echo(scope, receive, send):
+    """Answers with what it received, and with what comes after the body."""
+    body = b""
+    while (message := await receive())["type"] == "http.request":
+        body += message["body"]
+    await send({"type": "http.response.start", "status": 200, "headers": []})
+    await send({"type": "http.response.body", "body": body})
+
+
+async def broken(scope, receive, send):
+    raise ZeroDivisionError("secret")
+
+
+def header(sent, name):
+    return dict(sent[0]["headers"]).get(name, b"").decode()
+
+
+def recorder(app):
+    return RequestRecorder(app, Metrics(lambda: None))
+
+
+def test_a_body_is_replayed_whole_and_the_disconnect_after_it():
+    assert call(BodyLimit(echo, 10), body=(b"abc", b"def", b""))[1]["body"] == b"abcdef"
+    assert call(BodyLimit(echo, 3), body=(b"abc",))[1]["body"] == b"abc"
+
+
+@pytest.mark.parametrize("headers", [(), ((b"content-length", b"11"),)])
+def test_a_body_over_the_limit_is_413_announced_or_not(headers):
+    sent = call(BodyLimit(broken, 10), body=(b"abcdef", b"ghijk"), headers=headers)
+    assert sent[0]["status"] == 413
+    assert json.loads(sent[1]["body"])["error"]["code"] == "body_too_large"
+
+
+def test_a_sane_request_id_is_kept_and_another_replaced():
+    assert header(call(recorder(echo), headers=[(b"x-request-id", b"abc-1.2_3:4")]), b"x-request-id") == "abc-1.2_3:4"
+    for insane in (b"", b"a b", b"x" * 129, b"a\xff", b'"}'):
+        assert header(call(recorder(echo), headers=[(b"x-request-id", insane)]), b"x-request-id").startswith("req-")
+
+
+def test_an_unexpected_error_is_a_500_that_tells_nothing(caplog):
+    sent = call(recorder(broken))
+    assert sent[0]["status"] == 500
+    assert json.loads(sent[1]["body"])["error"]["code"] == "internal_error"
+    assert b"secret" not in sent[1]["body"]
+    assert header(sent, b"x-request-id") in caplog.text
+
+
+def test_an_error_after_the_status_is_raised_so_that_the_connection_is_cut():
+    async def late(scope, receive, send):
+        await send({"type": "http.response.start", "status": 200, "headers": []})
+        raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        call(recorder(late))
+
+
+def test_the_log_line_is_json_without_message_text(caplog):
+    with caplog.at_level(logging.INFO, logger="graft.access"):
+        call(recorder(echo), body=(b"my secret",), headers=[(b"x-request-id", b"id-1")], path='/a"b')
+    line = json.loads(caplog.records[-1].getMessage())
+    assert (line["request_id"], line["status"], line["path"], line["method"]) == ("id-1", 200, '/a"b', "POST")
+    assert "secret" not in caplog.text
+
+
+def test_a_retry_is_invited_where_it_helps():
+    response = error_response(NotReady("wait \ud800"))
+    assert response.status_code == 503
+    assert 0 < int(response.headers["retry-after"]) <= 120
+    assert response.body.isascii()
+
+
+@pytest.mark.parametrize(
+    ("given", "seen"),
+    [
+        (b"application/x-www-form-urlencoded", "application/json"),
+        (b"application/x-www-form-urlencoded; charset=utf-8", "application/json"),
+        (b"application/json", "application/json"),
+        (b"text/plain", "text/plain"),
+    ],
+)
+def test_a_body_that_curl_labels_a_form_is_read_as_json(given, seen):
+    async def content_type(scope, receive, send):
+        await send({"type": "http.response.start", "status": 200, "headers": scope["headers"]})
+
+    assert header(call(JsonBodies(content_type), headers=[(b"content-type", given)]), b"content-type") == seen

@@ -1,0 +1,51 @@
+"""The room for a reply is counted to the token, and n choices differ by seed alone."""
+
+from __future__ import annotations
+
+import pytest
+from pydantic import ValidationError
+
+from serving.errors import ContextTooLong
+from serving.registry.catalog import load_catalog
+from serving.sampling import SamplingFields, choices_for, room_for
+
+
+@pytest.mark.parametrize(
+    ("prompt", "asked", "default", "expected"),
+    [(10, None, None, 90), (10, None, 16, 16), (90, None, 16, 10), (10, 90, None, 90), (100, 0, 16, 0), (10, 0, 16, 0)],
+)
+def test_room(prompt, asked, default, expected):
+    assert room_for(prompt, asked, default, 100, "messages") == expected
+
+
+@pytest.mark.parametrize(("prompt", "asked"), [(101, None), (100, None), (101, 0), (10, 91), (100, 1)])
+def test_what_does_not_fit_is_refused_with_the_numbers(prompt, asked):
+    with pytest.raises(ContextTooLong, match=f"{prompt} .*tokens.* 100") as caught:
+        room_for(prompt, asked, None, 100, "messages")
+    assert (caught.value.code, caught.value.param) == ("context_length_exceeded", "messages")
+
+
+def test_choices_differ_by_seed_alone(tiny_base):
+    model = load_catalog("base", tiny_base, adapters={}, merged={}).resolve("base")
+    fields = SamplingFields(model="base", n=2, seed=2**63 - 1, temperature=0.5)
+    choices = choices_for(fields, model, "id", [((1, 2), 5), ((3,), 6)], 2, 1)
+    assert [choice.index for choice in choices] == [0, 1, 2, 3]
+    assert [choice.request.prompt_ids for choice in choices] == [(1, 2), (1, 2), (3,), (3,)]
+    assert [choice.request.sampling.max_tokens for choice in choices] == [5, 5, 6, 6]
+    assert [choice.request.sampling.seed for choice in choices[:2]] == [2**63 - 1, -(2**63)]
+    assert len({choice.request.request_id for choice in choices}) == 4
+    assert all(choice.request.sampling.stop_token_ids == model.stop_token_ids for choice in choices)
+    unseeded = choices_for(SamplingFields(model="base", n=2), model, "id", [((1,), 5)], None)
+    assert [choice.request.sampling.seed for choice in unseeded] == [None, None]
+
+
+@pytest.mark.parametrize("stop", [["a", "b"], "a", [], None])
+def test_stop_takes_a_text_or_a_list(stop):
+    given = {"model": "base", "stop": stop}
+    assert SamplingFields.model_validate(given).stop == tuple([stop] if isinstance(stop, str) else stop or ())
+
+
+@pytest.mark.parametrize("stop", ["", [""], [1], 3, ["a"] * 17, ["a" * 1025], {"a": 1}])
+def test_a_wrong_stop_is_refused(stop):
+    with pytest.raises(ValidationError):
+        SamplingFields.model_validate({"model": "base", "stop": stop})

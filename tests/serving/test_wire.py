@@ -1,0 +1,48 @@
+"""No field of a body is ignored: it is typed, harmless, or refused by name."""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+import pytest
+from pydantic import ValidationError
+
+from serving.wire import Wire
+
+
+class Body(Wire):
+    harmless: ClassVar = {"user": None, "store": (False,), "top_k": (0, -1), "audio": ()}
+    text: str
+    count: int = 3
+
+
+def first_error(**data):
+    with pytest.raises(ValidationError) as caught:
+        Body.model_validate(data)
+    return caught.value.errors()[0]
+
+
+@pytest.mark.parametrize(
+    "extra", [{"user": {"any": 1}}, {"store": False}, {"top_k": -1}, {"audio": None}, {"count": None}]
+)
+def test_harmless_and_null_fields_are_accepted(extra):
+    assert Body.model_validate({"text": "a", **extra}) == Body(text="a")
+
+
+@pytest.mark.parametrize("extra", [{"store": True}, {"store": 0}, {"top_k": 5}, {"top_k": False}, {"audio": {}}])
+def test_a_value_that_would_change_the_output_is_refused(extra):
+    error = first_error(text="a", **extra)
+    assert error["type"] == "unsupported_field"
+    assert error["ctx"]["field"] == next(iter(extra))
+
+
+def test_an_unknown_field_gets_a_suggestion():
+    assert "did you mean count?" in first_error(text="a", cuont=1)["msg"]
+    assert "remove it" in first_error(text="a", zzz=1)["msg"]
+
+
+@pytest.mark.parametrize(
+    "data", [{"text": None}, {}, {"text": 1}, {"text": "a", "count": "3"}, {"text": "a", "count": True}]
+)
+def test_types_are_strict(data):
+    assert first_error(**data)["type"] in {"string_type", "missing", "int_type"}
