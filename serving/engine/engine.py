@@ -45,7 +45,7 @@ class Sampling:
 
 @dataclass(frozen=True, slots=True)
 class GenerationRequest:
-    """`logprobs`/`prompt_logprobs`: how many alternatives to report a position; None for no log-probabilities at all."""
+    """`logprobs`, `prompt_logprobs`: how many alternatives to report a position; None for no log-probabilities."""
 
     request_id: str
     variant: Variant

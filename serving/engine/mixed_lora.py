@@ -1,0 +1,166 @@
+"""Linear layers that run the base and several adapters over one flattened batch."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+from torch import nn
+from torch.nn import functional
+
+from serving.engine.engine import Variant
+
+# T token, I input feature, O output feature, R rank
+PACK_ROWS = 32  # rows that the packed layout is tuned for; measured best from 1 to 256 rows
+SHARED_INPUTS = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))  # layers of one parent, fed the same tensor
+
+
+@dataclass(frozen=True, slots=True)
+class LoraFactors:
+    """One layer's update: y += (x A^T) B^T, the scaling inside B."""
+
+    a_RI: torch.Tensor
+    b_OR: torch.Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class _Update:
+    """A group's factors as the products want them; views made here once are calls saved in every step."""
+
+    a_IR: torch.Tensor
+    b_RO: torch.Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class AdapterSlice:
+    """Neighbouring tokens of a batch that one adapter answers."""
+
+    variant: Variant
+    first: int
+    end: int
+
+
+@dataclass(slots=True)
+class ActiveSlices:
+    """The slices of the forward pass that runs now; its owner sets them, all layers of one model read them."""
+
+    slices: tuple[AdapterSlice, ...] = ()
+
+
+class LinearGroup:
+    """Linear layers that read the same input, as one product; and the adapters' updates of them.
+
+    One call less a layer, and above all one pair of small products an adapter instead of one for each layer.
+    """
+
+    def __init__(self, linears: Sequence[nn.Linear], active: ActiveSlices) -> None:
+        self.sizes = [linear.out_features for linear in linears]
+        self.in_features = linears[0].in_features
+        first = linears[0].weight
+        self._dtype, self._device = first.dtype, first.device
+        self._product = make_product(torch.cat([linear.weight for linear in linears]), _joined_bias(linears))
+        self._active = active
+        self._source: torch.Tensor | None = None  # the input whose outputs wait for their members
+        self._outputs: dict[int, torch.Tensor] = {}
+        self._updates: dict[Variant, _Update] = {}
+
+    def attach(self, variant: Variant, factors: Mapping[int, LoraFactors]) -> None:
+        """Adds an adapter's updates by member; one pair of matrices answers for all of them."""
+        rank = sum(update.a_RI.shape[0] for update in factors.values())
+        b_OR = torch.zeros(sum(self.sizes), rank)
+        column = 0
+        for index, update in sorted(factors.items()):
+            row, width = sum(self.sizes[:index]), update.a_RI.shape[0]
+            b_OR[row : row + self.sizes[index], column : column + width] = update.b_OR
+            column += width
+        a_RI = torch.cat([update.a_RI for _, update in sorted(factors.items())])
+        self._updates[variant] = _Update(self._placed(a_RI).t(), self._placed(b_OR.t()))
+
+    def detach(self, variant: Variant) -> None:
+        self._updates.pop(variant, None)
+
+    def output(self, inputs: torch.Tensor, member: int) -> torch.Tensor:
+        """Returns one member's output; the first member asked for an input computes all of them."""
+        if len(self.sizes) == 1:
+            return self._forward(inputs)
+        if self._source is not inputs or member not in self._outputs:
+            self._source = inputs
+            self._outputs = dict(enumerate(self._forward(inputs).split_with_sizes(self.sizes, -1)))
+        output = self._outputs.pop(member)
+        if not self._outputs:
+            self._source = None
+        return output
+
+    def _forward(self, inputs: torch.Tensor) -> torch.Tensor:
+        output = self._product(inputs)
+        if not self._active.slices:
+            return output
+        x_TI, y_TO = inputs.view(-1, self.in_features), output.view(-1, output.shape[-1])
+        for part in self._active.slices:
+            update = self._updates.get(part.variant)
+            if update is None:
+                continue
+            whole = part.first == 0 and part.end == len(x_TI)
+            part_x_TI, part_y_TO = (x_TI, y_TO) if whole else (x_TI[part.first : part.end], y_TO[part.first : part.end])
+            part_y_TO.addmm_(part_x_TI.mm(update.a_IR), update.b_RO)
+        return output
+
+    def _placed(self, matrix: torch.Tensor) -> torch.Tensor:
+        return matrix.to(device=self._device, dtype=self._dtype).contiguous()
+
+
+class GroupedLinear(nn.Module):
+    """Stands in a model where a member of a LinearGroup stood."""
+
+    def __init__(self, group: LinearGroup, member: int) -> None:
+        super().__init__()
+        self.group, self.member = group, member
+
+    def forward(self, inputs: torch.Tensor) -> torch.Tensor:
+        return self.group.output(inputs, self.member)
+
+
+def group_linears(model: nn.Module, active: ActiveSlices) -> dict[str, GroupedLinear]:
+    """Replaces every nn.Linear inside `model`, in place; returns the replacements by their path in the model."""
+    replaced: dict[str, GroupedLinear] = {}
+    for path, parent in list(model.named_modules()):
+        linears = {name: child for name, child in parent.named_children() if type(child) is nn.Linear}
+        for names in _grouped_names(linears):
+            group = LinearGroup([linears[name] for name in names], active)
+            for index, name in enumerate(names):
+                member = GroupedLinear(group, index)
+                setattr(parent, name, member)
+                replaced[f"{path}.{name}".removeprefix(".")] = member
+    return replaced
+
+
+def make_product(weight_OI: torch.Tensor, bias_O: torch.Tensor | None) -> Callable[[torch.Tensor], torch.Tensor]:
+    """Returns x -> x W^T + b. On a CPU in fp32 the weight is laid out once for oneDNN, exactly the same numbers:
+    2 to 4 times faster than F.linear, which lays it out in every call, for 2 to 16 rows and never slower."""
+    packable = weight_OI.device.type == "cpu" and weight_OI.dtype == torch.float32
+    operators = torch.ops.mkldnn
+    if packable and torch.backends.mkldnn.is_available() and hasattr(operators, "_linear_pointwise"):
+        packed = operators._reorder_linear_weight(weight_OI.detach(), PACK_ROWS)
+        return partial(_packed_product, packed, bias_O)
+    return partial(functional.linear, weight=weight_OI.detach(), bias=bias_O)
+
+
+def _packed_product(packed: torch.Tensor, bias_O: torch.Tensor | None, x_TI: torch.Tensor) -> torch.Tensor:
+    product: torch.Tensor = torch.ops.mkldnn._linear_pointwise.default(x_TI, packed, bias_O, "none", [], "")
+    return product
+
+
+def _joined_bias(linears: Sequence[nn.Linear]) -> torch.Tensor | None:
+    if all(linear.bias is None for linear in linears):
+        return None
+    return torch.cat(
+        [linear.weight.new_zeros(linear.out_features) if linear.bias is None else linear.bias for linear in linears]
+    ).detach()
+
+
+def _grouped_names(linears: Mapping[str, nn.Linear]) -> list[tuple[str, ...]]:
+    groups = [names for names in SHARED_INPUTS if all(name in linears for name in names)]
+    grouped = {name for names in groups for name in names}
+    return [*groups, *((name,) for name in linears if name not in grouped)]
