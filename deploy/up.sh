@@ -6,6 +6,7 @@
 # PYTHON: the interpreter (default python3). RUN_DIR: pid and log (default runs/serve).
 # WAIT_S: seconds until it must be ready (default 300).
 set -euo pipefail
+export OMP_WAIT_POLICY="${OMP_WAIT_POLICY:-PASSIVE}"  # spinning threads stall each other beside any busy process
 # shellcheck source=deploy/process.sh
 . "$(dirname "${BASH_SOURCE[0]}")/process.sh"
 

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import argparse
 import asyncio
-import os
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from evalharness.client import Client, normalise_url
+from evalharness.config import api_key
 from evalharness.errors import EvalError
 from evalharness.load.command import add_parser
 from evalharness.records import RunHeader, SamplingSettings
@@ -82,6 +82,8 @@ def _add_rules(parser: argparse.ArgumentParser) -> None:
     text = "such as 'rouge_l.difference.low > 0'; repeat for more"
     parser.add_argument("--rule", action="append", default=[], dest="rules", metavar="RULE", help=text)
     parser.add_argument("--rules", type=Path, dest="rule_file", metavar="FILE", help='TOML with rules = ["...", ...]')
+    text = "the share of samples that an arm may lack in a metric that a rule names (default %(default)s: none)"
+    parser.add_argument("--allow-failed", type=_share, default=0.0, metavar="SHARE", help=text)
 
 
 def _run(arguments: argparse.Namespace) -> int:
@@ -101,8 +103,8 @@ def _run(arguments: argparse.Namespace) -> int:
     )
 
     async def ask_all() -> None:
-        api_key = _api_key(arguments.api_key_env)
-        async with Client(header.url, timeout_s=arguments.timeout_s, api_key=api_key) as client:
+        key = api_key(arguments.api_key_env)
+        async with Client(header.url, timeout_s=arguments.timeout_s, api_key=key) as client:
             workers: int = arguments.concurrency
             await run(arguments.out, header, prompts.samples, samples, client, concurrency=workers, out=sys.stderr)
 
@@ -130,17 +132,22 @@ def _gate(arguments: argparse.Namespace) -> int:
         rules += read_rules(arguments.rule_file)
     if not rules:
         raise EvalError("gate: no rule; give --rule 'rouge_l.difference.low > 0' or --rules FILE")
-    found = judge(_comparison(arguments.dir, arguments.resamples), rules)
+    comparison = _comparison(arguments.dir, arguments.resamples)
+    found = judge(comparison, rules, arguments.allow_failed)
     for verdict in found:
         value = "unavailable" if verdict.value is None else f"{verdict.value:.4g}"
-        print(f"{'pass' if verdict.passed else 'FAIL'}  {verdict.rule}  (is {value})")
+        implied = "; every gate has this rule" if verdict.implied else ""
+        print(f"{'pass' if verdict.passed else 'FAIL'}  {verdict.rule}  (is {value}{implied})")
+    if any(verdict.rule.name.endswith(".failed") and not verdict.passed for verdict in found if verdict.implied):
+        print("samples lack a score: repeat the run command to ask again, or allow a share with --allow-failed")
+    _print_warnings(comparison)
     return 0 if all(verdict.passed for verdict in found) else EXIT_FAILED
 
 
 def _comparison(directory: Path, resamples: int) -> Comparison:
     from evalharness.comparison import compare
 
-    return compare(directory, resamples)
+    return compare(directory, resamples, sys.stderr)
 
 
 def _write_and_print(directory: Path, resamples: int) -> Comparison:
@@ -154,22 +161,20 @@ def _write_and_print(directory: Path, resamples: int) -> Comparison:
 
 
 def _print_comparison(comparison: Comparison) -> None:
-    from evalharness.report.tables import console, metric_table
+    from evalharness.report.tables import console, metric_tables
     from evalharness.report.verdict import verdicts
 
-    print(console(metric_table(comparison)))
+    if any(label.revision for label in comparison.labels.values()):
+        print(f"arms: {', '.join(comparison.header.arms)}\n")
+    print("\n\n".join(console(table) for table in metric_tables(comparison)))
     for verdict in verdicts(comparison):
         print(f"\n{verdict.headline}" + "".join(f"\n  {line}" for line in verdict.evidence))
+    _print_warnings(comparison)
+
+
+def _print_warnings(comparison: Comparison) -> None:
     for warning in comparison.warnings:
         print(f"warning: {warning}", file=sys.stderr)
-
-
-def _api_key(name: str | None) -> str | None:
-    if name is None:
-        return None
-    if not os.environ.get(name):
-        raise EvalError(f"--api-key-env {name}: that environment variable is not set")
-    return os.environ[name]
 
 
 def _positive_int(text: str) -> int:
@@ -183,6 +188,13 @@ def _positive_float(text: str) -> float:
     value = float(text)
     if not 0 < value < float("inf"):
         raise argparse.ArgumentTypeError(f"{value} is not a positive number")
+    return value
+
+
+def _share(text: str) -> float:
+    value = float(text)
+    if not 0 <= value < 1:
+        raise argparse.ArgumentTypeError(f"{value} is no share; give 0 or more and less than 1, such as 0.05")
     return value
 
 

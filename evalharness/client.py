@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import email.utils
+import ipaddress
 import json
+import ssl
 import time
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
@@ -51,16 +53,36 @@ def normalise_url(url: str) -> str:
     return url.rstrip("/").removesuffix("/v1")
 
 
+def is_loopback(host: str) -> bool:
+    """Says whether the host is this machine."""
+    if host == "localhost":
+        return True
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False
+
+
 class Client:
     """Use as `async with`; one connection pool for all requests."""
 
-    def __init__(self, url: str, *, timeout_s: float, api_key: str | None = None) -> None:
+    def __init__(
+        self, url: str, *, timeout_s: float, api_key: str | None = None, verify: ssl.SSLContext | bool = True
+    ) -> None:
         self.url = normalise_url(url)
         headers = {"authorization": f"Bearer {api_key}"} if api_key else {}
         timeout = httpx.Timeout(timeout_s, connect=min(timeout_s, CONNECT_TIMEOUT_S))
         limits = httpx.Limits(max_connections=None, max_keepalive_connections=None)
         self._timeout_s = timeout_s
-        self._http = httpx.AsyncClient(base_url=self.url, headers=headers, timeout=timeout, limits=limits)
+        own = is_loopback(urlsplit(self.url).hostname or "")
+        self._http = httpx.AsyncClient(
+            base_url=self.url,
+            headers=headers,
+            timeout=timeout,
+            limits=limits,
+            verify=verify,
+            trust_env=not own,  # a proxy of the environment would look for this machine's server on its own
+        )
 
     async def __aenter__(self) -> Self:
         return self

@@ -7,11 +7,15 @@ from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TextIO
 
 import numpy as np
 
+from evalharness.arms import ArmLabel, arm_labels
 from evalharness.metrics.measure import Better, Completion, Measure, Nll, measures
+from evalharness.progress import Progress
 from evalharness.records import Record, RecordKey, RecordKind, RunData, RunHeader, SampleStatus, read_run
+from evalharness.revisions import AnswererWatch
 from evalharness.samples import Sample
 from evalharness.statistics import (
     NO_DIFFERENCE,
@@ -66,15 +70,23 @@ class Comparison:
     def others(self) -> tuple[str, ...]:
         return self.header.arms[1:]
 
+    @property
+    def labels(self) -> Mapping[str, ArmLabel]:
+        return arm_labels(self.header.arms)
 
-def compare(directory: Path, resamples: int) -> Comparison:
-    """Scores the records of a run, finished or not. Raises RecordError."""
+    def name(self, arm: str) -> str:
+        """Returns what a reader calls the arm."""
+        return self.labels[arm].name
+
+
+def compare(directory: Path, resamples: int, out: TextIO | None = None) -> Comparison:
+    """Scores the records of a run, finished or not, and shows its progress on `out`. Raises RecordError."""
     data = read_run(directory)
     header, bootstrap = data.header, Bootstrap(resamples, data.header.sampling.seed)
-    found = measures(_completions(data), _nlls(data))
+    found = measures(_completions(data), _nlls(data), out)
     arms = tuple(_summary(data, arm) for arm in header.arms)
     incomparable = _tokenised_otherwise(data)
-    rows = tuple(_row(measure, data, bootstrap, incomparable) for measure in found)
+    rows = _rows(found, data, bootstrap, incomparable, out)
     return Comparison(
         header=header,
         bootstrap=bootstrap,
@@ -108,6 +120,16 @@ def _answered(data: RunData, kind: RecordKind) -> Iterable[tuple[Sample, Record]
             record = data.records.get(RecordKey(kind, sample.id, arm))
             if record is not None and record.status is SampleStatus.OK:
                 yield sample, record
+
+
+def _rows(
+    found: list[Measure], data: RunData, bootstrap: Bootstrap, incomparable: set[str], out: TextIO | None
+) -> tuple[MetricRow, ...]:
+    progress, rows = Progress("intervals", len(found), out), []
+    for measure in found:
+        rows.append(_row(measure, data, bootstrap, incomparable))
+        progress.advance()
+    return tuple(rows)
 
 
 def _row(measure: Measure, data: RunData, bootstrap: Bootstrap, incomparable: set[str]) -> MetricRow:
@@ -163,21 +185,9 @@ def _summary(data: RunData, arm: str) -> ArmSummary:
         statuses[kind.value] = dict(Counter(record.status.value if record else MISSING for record in found))
     own = [record for record in data.records.values() if record.arm == arm and record.status is SampleStatus.OK]
     truncated = sum(record.kind is RecordKind.HELD_OUT and record.finish_reason == "length" for record in own)
-    return ArmSummary(arm, statuses, tuple(sorted({_answerer(record) for record in own})), _mixed(own), truncated)
-
-
-def _answerer(record: Record) -> str:
-    return f"{record.model or 'unnamed'} ({record.system_fingerprint or 'no fingerprint'})"
-
-
-def _mixed(records: Iterable[Record]) -> bool:
-    """A server may name itself in replies but not in scores, so that only like is held against like."""
-    names: dict[bool, set[str]] = {True: set(), False: set()}
-    fingerprints = set()
-    for record in records:
-        names[record.kind is RecordKind.NLL].add(_answerer(record))
-        fingerprints.add(record.system_fingerprint)
-    return any(len(found) > 1 for found in names.values()) or len(fingerprints - {None}) > 1
+    watch = AnswererWatch()
+    mixed = any(watch.see(record) is not None for record in own)
+    return ArmSummary(arm, statuses, tuple(sorted({record.answerer for record in own})), mixed, truncated)
 
 
 def _warnings(arms: Iterable[ArmSummary]) -> Iterable[str]:

@@ -1,12 +1,13 @@
-"""Gate rules: a metric of a comparison, an operator and a number; all must hold."""
+"""Gate rules: a metric of a comparison, an operator and a number; all must hold, and nothing may be missing."""
 
 from __future__ import annotations
 
 import difflib
+import math
 import operator
 import re
 import tomllib
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -46,6 +47,7 @@ class Verdict:
     rule: Rule
     value: float | None
     passed: bool
+    implied: bool = False  # not asked for: a run with gaps must not pass
 
 
 class _RuleFile(BaseModel):
@@ -76,27 +78,63 @@ def read_rules(path: Path) -> list[Rule]:
     return [parse_rule(text) for text in rules.rules]
 
 
-def judge(comparison: Comparison, rules: Sequence[Rule]) -> list[Verdict]:
-    """Raises RuleError where a rule names no metric of this run."""
+def judge(comparison: Comparison, rules: Sequence[Rule], allow_failed: float = 0.0) -> list[Verdict]:
+    """Judges the rules, and those they imply: of each metric they name every arm has all samples, of one revision.
+
+    `allow_failed` is the share of samples that an arm may lack. Raises RuleError where a rule names no metric.
+    """
     known = dict(values(comparison))
-    for rule in rules:
-        if rule.name not in known:
-            raise RuleError(f"rule {str(rule)!r}: no metric {rule.name!r}; {_suggestion(rule.name, known)}")
-    return [_judge(rule, known[rule.name]) for rule in rules]
+    names = {rule: _full_name(comparison, rule, known) for rule in rules}
+    asked = [_judge(rule, known[names[rule]]) for rule in rules]
+    return [*asked, *_implied(comparison, frozenset(names.values()), allow_failed)]
 
 
 def values(comparison: Comparison) -> Iterator[tuple[str, float | None]]:
     """Yields every number a rule can name, as `arm:metric.field`; with one adapter its differences need no arm."""
     for row in comparison.metrics:
-        for arm, found in row.estimates.items():
-            yield f"{arm}:{row.name}.value", found.value
-            yield from _bounds(f"{arm}:{row.name}", found.interval)
-            yield f"{arm}:{row.name}.count", found.count
-            yield f"{arm}:{row.name}.failed", row.failed[arm]
-        for arm in comparison.others:
-            yield from _differences(row, arm, f"{arm}:{row.name}")
-        if len(comparison.others) == 1:
-            yield from _differences(row, comparison.others[0], row.name)
+        yield from _row_values(comparison, row)
+    for summary in comparison.arms:
+        yield f"{summary.arm}:mixed_revisions", float(summary.mixed)
+
+
+def _row_values(comparison: Comparison, row: MetricRow) -> Iterator[tuple[str, float | None]]:
+    for arm, found in row.estimates.items():
+        yield f"{arm}:{row.name}.value", found.value
+        yield from _bounds(f"{arm}:{row.name}", found.interval)
+        yield f"{arm}:{row.name}.count", found.count
+        yield f"{arm}:{row.name}.failed", row.failed[arm]
+    for arm in comparison.others:
+        yield from _differences(row, arm, f"{arm}:{row.name}")
+    if len(comparison.others) == 1:
+        yield from _differences(row, comparison.others[0], row.name)
+
+
+def _full_name(comparison: Comparison, rule: Rule, known: Mapping[str, object]) -> str:
+    """A rule may leave out an arm's digest, which is another after each training."""
+    names = [rule.name]
+    for arm, label in comparison.labels.items():
+        if rule.name.startswith(f"{label.name}:"):
+            names.append(arm + rule.name.removeprefix(label.name))
+    for name in names:
+        if name in known:
+            return name
+    raise RuleError(f"rule {str(rule)!r}: no metric {rule.name!r}; {_suggestion(names[-1], known)}")
+
+
+def _implied(comparison: Comparison, named: frozenset[str], allow_failed: float) -> Iterator[Verdict]:
+    """A rule of the user's own on the same number stands in its place."""
+    for row in comparison.metrics:
+        if named.isdisjoint(name for name, _ in _row_values(comparison, row)):
+            continue
+        for arm, failed in row.failed.items():
+            if f"{arm}:{row.name}.failed" not in named:
+                most = math.floor(allow_failed * (row.estimates[arm].count + failed))
+                sign = "<=" if allow_failed else "=="
+                yield _judge(Rule(f"{comparison.name(arm)}:{row.name}.failed", sign, most), failed, implied=True)
+    for summary in comparison.arms:
+        if f"{summary.arm}:mixed_revisions" not in named:
+            rule = Rule(f"{comparison.name(summary.arm)}:mixed_revisions", "==", 0)
+            yield _judge(rule, float(summary.mixed), implied=True)
 
 
 def _differences(row: MetricRow, arm: str, prefix: str) -> Iterator[tuple[str, float | None]]:
@@ -113,8 +151,8 @@ def _bounds(prefix: str, interval: Interval | None) -> Iterator[tuple[str, float
     yield f"{prefix}.high", interval.high if interval else None
 
 
-def _judge(rule: Rule, value: float | None) -> Verdict:
-    return Verdict(rule, value, value is not None and OPERATORS[rule.sign](value, rule.number))
+def _judge(rule: Rule, value: float | None, *, implied: bool = False) -> Verdict:
+    return Verdict(rule, value, value is not None and OPERATORS[rule.sign](value, rule.number), implied)
 
 
 def _suggestion(name: str, known: Iterable[str]) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import enum
+import errno
 import fcntl
 import os
 from collections.abc import Iterator
@@ -76,6 +77,10 @@ class Record(_Frozen):
     def key(self) -> RecordKey:
         return RecordKey(self.kind, self.sample_id, self.arm)
 
+    @property
+    def answerer(self) -> str:
+        return f"{self.model or 'unnamed'} ({self.system_fingerprint or 'no fingerprint'})"
+
 
 class SamplingSettings(_Frozen):
     """Every field is sent with every request, so that no server default decides."""
@@ -90,16 +95,17 @@ class SamplingSettings(_Frozen):
 
 
 class RunHeader(_Frozen):
-    """What a run directory was made from; a resumed run must match all of it."""
+    """What a run directory was made from; a resumed run must match all of it but the address."""
 
     format_version: Literal[1] = 1
-    url: str
+    url: str  # where the run began; the same revisions may answer elsewhere later
     arms: tuple[str, ...]  # the first is the one the others are compared with
     sampling: SamplingSettings
     data_sha256: str
     prompts_sha256: str
     limit: int | None
     held_out_samples: int
+    served: dict[str, str | None] = {}  # each arm's revision as the server told it; none of directories before that
 
 
 class RunData(NamedTuple):
@@ -113,16 +119,21 @@ def open_run(directory: Path, header: RunHeader, prompts: tuple[Sample, ...], he
     """Makes the directory, or checks that it was made from the same inputs. Raises RecordError where it was not."""
     path = directory / HEADER_NAME
     if path.exists():
-        _refuse_other_inputs(directory, _read_header(path), header)
+        found = _read_header(path)
+        _refuse_other_inputs(directory, found, header)
+        _refuse_other_revisions(directory, found, header)
         return
     if (directory / RECORDS_NAME).exists():
         raise RecordError(f"{directory}: has {RECORDS_NAME} but no {HEADER_NAME}; give --out another directory")
-    directory.mkdir(parents=True, exist_ok=True)
     lines = "".join(sample.model_dump_json() + "\n" for sample in (*prompts, *held_out))
-    (directory / SAMPLES_NAME).write_text(lines, encoding="utf-8")
     temporary = path.with_suffix(".tmp")
-    temporary.write_text(header.model_dump_json(indent=2) + "\n", encoding="utf-8")
-    temporary.replace(path)
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        (directory / SAMPLES_NAME).write_text(lines, encoding="utf-8")
+        temporary.write_text(header.model_dump_json(indent=2) + "\n", encoding="utf-8")
+        temporary.replace(path)
+    except OSError as error:
+        raise RecordError(f"--out {directory}: cannot be written ({error.strerror}); give another --out") from error
 
 
 def read_run(directory: Path) -> RunData:
@@ -157,7 +168,19 @@ class RecordWriter:
         self._file = file
 
     def append(self, record: Record) -> None:
-        self._file.write(record.model_dump_json(exclude_none=True).encode() + b"\n")
+        """Raises RecordError where the disk does not take the whole line; the part it took is removed."""
+        line = record.model_dump_json(exclude_none=True).encode() + b"\n"
+        start = self._file.seek(0, os.SEEK_END)
+        try:
+            written = self._file.write(line)
+            if written != len(line):
+                raise OSError(errno.ENOSPC, f"only {written} of {len(line)} bytes fit")
+        except OSError as error:
+            self._file.truncate(start)
+            raise RecordError(
+                f"{self._file.name}: a record could not be written ({error.strerror}); "
+                "free space on that disk and repeat the command: it continues where it stopped"
+            ) from error
 
 
 @contextmanager
@@ -186,8 +209,20 @@ def _read_header(path: Path) -> RunHeader:
 
 
 def _refuse_other_inputs(directory: Path, found: RunHeader, wanted: RunHeader) -> None:
-    old, new = found.model_dump(), wanted.model_dump()
+    old, new = (header.model_dump(exclude={"url", "served"}) for header in (found, wanted))
     changed = [f"{name} was {old[name]!r}, is now {new[name]!r}" for name in old if old[name] != new[name]]
     if changed:
         what = "; ".join(changed)
         raise RecordError(f"{directory}: made from other inputs ({what}); give --out another directory")
+
+
+def _refuse_other_revisions(directory: Path, found: RunHeader, wanted: RunHeader) -> None:
+    pairs = {arm: (found.served.get(arm), wanted.served.get(arm)) for arm in wanted.arms}
+    changed = [
+        f"{arm} was {old or 'not told'}, is now {new or 'not told'}" for arm, (old, new) in pairs.items() if old != new
+    ]
+    if changed:
+        raise RecordError(
+            f"{directory}: holds replies of other revisions than are served (served: {'; '.join(changed)}); "
+            "give --out another directory, or serve the former revisions again"
+        )

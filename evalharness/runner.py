@@ -7,11 +7,10 @@ from collections.abc import Awaitable, Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TextIO
-from urllib.parse import quote
 
 from evalharness.chat import ask
 from evalharness.client import Client, Reply
-from evalharness.errors import ServerError
+from evalharness.errors import EvalError, ServerError
 from evalharness.perplexity import TurnEnd, find_turn_end, score_reference
 from evalharness.progress import Progress
 from evalharness.records import (
@@ -26,6 +25,7 @@ from evalharness.records import (
     read_records,
     record_writer,
 )
+from evalharness.revisions import AnswererWatch, served_revisions
 from evalharness.samples import Sample
 
 LOST_AFTER = 6  # requests in a row that found no server
@@ -55,9 +55,12 @@ async def run(
     concurrency: int,
     out: TextIO,
 ) -> None:
-    """Does what the directory's records lack. Raises ServerError where the server is out of reach."""
-    await check_server(client, header.arms)
-    open_run(directory, header, prompts, held_out)
+    """Does what the directory's records lack, of the revisions that are served, which it writes into the header.
+
+    Raises ServerError where the server is out of reach, RecordError where the directory holds something else.
+    """
+    served = await served_revisions(client, header.arms)
+    open_run(directory, header.model_copy(update={"served": served}), prompts, held_out)
     with record_writer(directory) as writer:
         records = read_records(directory / RECORDS_NAME)
         done = {key for key, record in records.items() if record.status is SampleStatus.OK}
@@ -68,11 +71,11 @@ async def run(
         async def chat(task: Task) -> Record:
             return await ask(client, task.kind, task.sample, task.arm, header.sampling)
 
-        crew = _Crew(writer, concurrency, out)
+        crew = _Crew(writer, AnswererWatch(records.values()), concurrency, out)
         await crew.work("fixed prompts", missing(RecordKind.FIXED, prompts), chat)
         await crew.work("held-out", missing(RecordKind.HELD_OUT, held_out), chat)
         scoring = missing(RecordKind.NLL, held_out)
-        ends = {arm: await find_turn_end(client, arm) for arm in header.arms if any(t.arm == arm for t in scoring)}
+        ends = await _turn_ends(client, [arm for arm in header.arms if any(t.arm == arm for t in scoring)], out)
         await crew.work("perplexity", scoring, _scorer(client, ends))
 
 
@@ -83,33 +86,23 @@ def interleave(kind: RecordKind, samples: Sequence[Sample], arms: tuple[str, ...
         yield from (Task(kind, sample, arm) for arm in (*arms[first:], *arms[:first]))
 
 
-async def check_server(client: Client, arms: tuple[str, ...]) -> None:
-    """Raises ServerError where nothing answers, or where the server lists models and knows no such arm."""
-    reply = await client.get("/v1/models")
-    if reply.status in {SampleStatus.UNREACHABLE, SampleStatus.TIMEOUT}:
-        raise ServerError(f"--url {client.url}: no server answers ({reply.error}); start it, or give the right --url")
-    if reply.http_status in {401, 403}:
-        raise ServerError(f"--url {client.url}: {reply.error}; name the variable that holds the key with --api-key-env")
-    known = _model_ids(reply)
-    for arm in arms:
-        # A server may answer to more names than it lists, so an unlisted one is asked for by name.
-        if known and arm not in known and (await client.get(f"/v1/models/{quote(arm)}")).http_status == 404:
-            raise ServerError(f"--arm {arm!r}: the server has no such model; it lists {', '.join(sorted(known))}")
-
-
 class _Crew:
-    """Several workers on one list of tasks; gives up when the server is lost."""
+    """Several workers on one list of tasks; gives up when the server is lost, or a record cannot be kept."""
 
-    def __init__(self, writer: RecordWriter, concurrency: int, out: TextIO) -> None:
-        self._writer, self._concurrency, self._out = writer, concurrency, out
+    def __init__(self, writer: RecordWriter, watch: AnswererWatch, concurrency: int, out: TextIO) -> None:
+        self._writer, self._watch, self._concurrency, self._out = writer, watch, concurrency, out
         self._lost_in_a_row = 0
 
     async def work(self, label: str, tasks: list[Task], work: Work) -> None:
         progress = Progress(label, len(tasks), self._out)
         queue = iter(tasks)
-        async with asyncio.TaskGroup() as group:
-            for _ in range(min(self._concurrency, len(tasks))):
-                group.create_task(self._worker(queue, work, progress))
+        try:
+            async with asyncio.TaskGroup() as group:
+                for _ in range(min(self._concurrency, len(tasks))):
+                    group.create_task(self._worker(queue, work, progress))
+        except ExceptionGroup as group_error:
+            known = group_error.subgroup(EvalError)
+            raise (known or group_error).exceptions[0] from group_error
         if self._lost_in_a_row >= LOST_AFTER:
             raise ServerError(
                 f"the server stopped answering after {len(tasks) - len(list(queue))} of {len(tasks)} ({label}); "
@@ -120,6 +113,8 @@ class _Crew:
         for task in queue:
             record = await work(task)
             self._writer.append(record)
+            if change := self._watch.see(record):
+                progress.note(f"warning: {change}")
             progress.advance(failed=record.status is not SampleStatus.OK)
             lost = record.status is SampleStatus.UNREACHABLE
             self._lost_in_a_row = self._lost_in_a_row + 1 if lost else 0
@@ -127,15 +122,17 @@ class _Crew:
                 return
 
 
+async def _turn_ends(client: Client, arms: Sequence[str], out: TextIO) -> dict[str, TurnEnd | Reply]:
+    progress = Progress("perplexity: how a turn ends", len(arms), out)
+    ends: dict[str, TurnEnd | Reply] = {}
+    for arm in arms:
+        ends[arm] = await find_turn_end(client, arm)
+        progress.advance(failed=isinstance(ends[arm], Reply))
+    return ends
+
+
 def _scorer(client: Client, ends: dict[str, TurnEnd | Reply]) -> Work:
     async def score(task: Task) -> Record:
         return await score_reference(client, task.sample, task.arm, ends[task.arm])
 
     return score
-
-
-def _model_ids(reply: Reply) -> set[str]:
-    models = (reply.body or {}).get("data")
-    if not isinstance(models, list):
-        return set()
-    return {str(model["id"]) for model in models if isinstance(model, dict) and "id" in model}

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import logging
+import os
 import signal
 import sys
 from collections.abc import Sequence
+from importlib.util import find_spec
 from types import FrameType
 
 import uvicorn
@@ -16,6 +18,9 @@ from serving.engine.engine import Engine
 from serving.errors import GraftError
 from serving.registry.base import LoadedBase
 from serving.registry.catalog import load_catalog
+from training.artifact import read_manifest
+
+logger = logging.getLogger("graft.server")
 
 EXIT_USAGE = 2
 FAKE_TOKEN_DELAY_S = 0.01
@@ -71,22 +76,78 @@ def serve(config: ServeConfig) -> int:
 
 
 def make_engine(config: ServeConfig, base: LoadedBase) -> Engine:
-    """Imports only the engine that runs."""
+    """Imports only the engine that runs. Raises ConfigError or ModelRejected where it cannot run what is asked."""
+    name = choose_engine(config) if config.engine == "auto" else config.engine
     context_length = base.context_length(config.context_length)
-    if config.engine == "fake":
-        from serving.engine.fake_engine import FakeEngine
-        from training.chat import end_of_turn_id
-
-        return FakeEngine(
-            context_length=context_length,
-            vocabulary_size=base.vocabulary.size,
-            max_batch=config.max_batch,
-            token_delay_s=FAKE_TOKEN_DELAY_S,
-            end_of_turn_id=end_of_turn_id(base.tokenizer),
+    if config.cache_gib is not None and name != "transformers":
+        raise ConfigError(
+            f"--cache-gib {config.cache_gib}: the {name} engine does not take it; remove it or choose "
+            "--engine transformers"
         )
+    if name == "fake":
+        return _make_fake_engine(config, base, context_length)
+    if name == "vllm":
+        return _make_vllm_engine(config, base, context_length)
     from serving.engine.transformers_engine import TransformersEngine
 
-    return TransformersEngine(base.directory, max_batch=config.max_batch, context_length=context_length)
+    return TransformersEngine(
+        base.directory,
+        max_batch=config.max_batch,
+        context_length=context_length,
+        cache_bytes=None if config.cache_gib is None else int(config.cache_gib * 2**30),
+    )
+
+
+def choose_engine(config: ServeConfig) -> str:
+    """Returns what `--engine auto` means here, and logs why: vLLM wherever it runs all that is asked."""
+    reason = None
+    if find_spec("vllm") is None:
+        reason = "vLLM is not installed"
+    elif config.merged:
+        reason = "a merged model is served, and vLLM runs one set of weights"
+    else:
+        import torch
+
+        if not torch.cuda.is_available():
+            reason = "there is no CUDA"
+    name = "vllm" if reason is None else "transformers"
+    logger.info("engine auto: %s (%s)", name, reason or "vLLM is installed and there is CUDA")
+    return name
+
+
+def _make_fake_engine(config: ServeConfig, base: LoadedBase, context_length: int) -> Engine:
+    from serving.engine.fake_engine import FakeEngine
+    from training.chat import end_of_turn_id
+
+    return FakeEngine(
+        context_length=context_length,
+        vocabulary_size=base.vocabulary.size,
+        max_batch=config.max_batch,
+        token_delay_s=FAKE_TOKEN_DELAY_S,
+        end_of_turn_id=end_of_turn_id(base.tokenizer),
+    )
+
+
+def _make_vllm_engine(config: ServeConfig, base: LoadedBase, context_length: int) -> Engine:
+    """vLLM sizes its adapter slots at the start: one for each adapter that can be in a step, as wide as the widest."""
+    if find_spec("vllm") is None:
+        raise ConfigError(
+            "--engine vllm: vLLM is not installed here; install it (make deploy ENGINE=vllm does), or choose "
+            "--engine transformers"
+        )
+    from serving.engine.vllm_engine import ENVIRONMENT, VllmEngine, refuse_merged
+
+    if config.merged:
+        raise refuse_merged(next(iter(config.merged)))
+    for name, value in ENVIRONMENT.items():
+        os.environ.setdefault(name, value)
+    return VllmEngine(
+        base.directory,
+        max_batch=config.max_batch,
+        context_length=context_length,
+        max_adapters=min(len(config.adapters), config.max_batch),
+        max_rank=max((read_manifest(path).lora.rank for path in config.adapters.values()), default=1),
+    )
 
 
 def _stop_quietly(signal_number: int, frame: FrameType | None) -> None:

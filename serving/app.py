@@ -47,6 +47,7 @@ def create_app(
             yield
         finally:
             await host.stop()
+            generation.close()
 
     app = FastAPI(
         title="Graft",

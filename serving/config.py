@@ -46,10 +46,11 @@ class ServeConfig(BaseModel):
     merged: Mapping[ModelName, ModelDir] = Field(default_factory=dict)
     host: str = "127.0.0.1"
     port: int = Field(8000, ge=0, le=65535)  # 0: any free one
-    engine: Literal["auto", "transformers", "fake"] = "auto"
+    engine: Literal["auto", "vllm", "transformers", "fake"] = "auto"
     max_batch: int = Field(32, ge=1)  # rows in a step
     max_queue: int = Field(256, ge=0)  # completions waiting for a row
     context_length: int | None = Field(None, ge=2)  # tokens; None: the model's, up to 8192
+    cache_gib: float | None = Field(None, gt=0, allow_inf_nan=False)  # None: a share of the memory
     body_limit_mib: float = Field(4, gt=0, le=1024, allow_inf_nan=False)
     drain_s: int = Field(30, ge=0)  # how long running requests may finish after SIGTERM
     log_level: Literal["debug", "info", "warning", "error"] = "info"
@@ -71,10 +72,11 @@ _FLAGS: Sequence[tuple[str, str, str]] = (
     ("merged", "NAME=DIR", "a merged model to serve; repeat for more"),
     ("host", "HOST", "address to listen on (127.0.0.1)"),
     ("port", "PORT", "port to listen on (8000)"),
-    ("engine", "NAME", "auto, transformers or fake (auto)"),
+    ("engine", "NAME", "auto, vllm, transformers or fake; auto: vLLM where it is installed and there is CUDA (auto)"),
     ("max-batch", "ROWS", "sequences in one forward pass (32)"),
     ("max-queue", "COUNT", "completions that may wait for a row; more are answered 429 (256)"),
     ("context-length", "TOKENS", "prompt and completion together (the model's, up to 8192)"),
+    ("cache-gib", "GIB", "largest key/value cache of the transformers engine (a share of the memory)"),
     ("body-limit-mib", "MIB", "largest request body (4)"),
     ("drain-s", "SECONDS", "how long running requests may finish after SIGTERM (30)"),
     ("log-level", "LEVEL", "debug, info, warning or error (info)"),

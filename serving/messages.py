@@ -13,6 +13,9 @@ from serving.registry.catalog import ServedModel
 from serving.wire import Harmless, Text, Wire
 from training.chat import Message, TemplateError, render_chat, render_prompt, with_default_system
 
+MAX_MESSAGES = 512  # of a chat: the time to render one grows with the square of its replies
+_PART_KEYS = {"type", "text"}
+
 
 def _joined_parts(content: object) -> object:
     """Joins text parts with newlines, as vLLM does."""
@@ -24,6 +27,8 @@ def _joined_parts(content: object) -> object:
             raise ValueError(
                 f"part {position} is not of the form {{'type': 'text', 'text': '...'}}, the only one allowed"
             )
+        if extra := sorted(part.keys() - _PART_KEYS):
+            raise ValueError(f"part {position} has {extra[0][:60]!r}, which is not supported; remove it")
         texts.append(part["text"])
     if not texts:
         raise ValueError("an empty list of parts; give a string or at least one text part")

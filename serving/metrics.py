@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 
 from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
@@ -50,24 +51,41 @@ class Stopwatch:
         self._metrics = metrics
         self._model = model
         self._arrived_s = arrived_s
-        self._first_s: dict[int, float] = {}  # by choice
-        self._generated: dict[int, int] = {}
+        self._first: dict[int, _Mark] = {}  # by choice
+        self._last: dict[int, _Mark] = {}
+        self.ttft_s: float | None = None
 
     def see(self, piece: Piece) -> None:
-        now_s = time.perf_counter()
-        new = piece.generated - self._generated.get(piece.index, 0)
-        self._generated[piece.index] = piece.generated
+        mark = _Mark(time.perf_counter(), piece.generated)
+        new = piece.generated - (self._last[piece.index].generated if piece.index in self._last else 0)
         self._metrics.completion_tokens.labels(self._model).inc(new)
-        if new and piece.index not in self._first_s:
-            if not self._first_s:
-                self._metrics.ttft_s.labels(self._model).observe(now_s - self._arrived_s)
-            self._first_s[piece.index] = now_s
-        if piece.finish_reason is not None and piece.generated > 1:
-            spent_s = now_s - self._first_s[piece.index]
-            self._metrics.tpot_s.labels(self._model).observe(spent_s / (piece.generated - 1))
+        if new:  # a stop token comes with no new one, and is not timed
+            self._first.setdefault(piece.index, mark)
+            self._last[piece.index] = mark
+            if self.ttft_s is None:
+                self.ttft_s = mark.at_s - self._arrived_s
+                self._metrics.ttft_s.labels(self._model).observe(self.ttft_s)
+        if piece.finish_reason is not None and piece.index in self._last:
+            self._observe_tpot(self._first[piece.index], self._last[piece.index])
 
-    def end(self) -> None:
-        self._metrics.e2e_s.labels(self._model).observe(time.perf_counter() - self._arrived_s)
+    def end(self) -> float:
+        """Returns the whole time in seconds."""
+        total_s = time.perf_counter() - self._arrived_s
+        self._metrics.e2e_s.labels(self._model).observe(total_s)
+        return total_s
+
+    def _observe_tpot(self, first: _Mark, last: _Mark) -> None:
+        tokens = last.generated - first.generated  # more than one token may have come with the first
+        if tokens:
+            self._metrics.tpot_s.labels(self._model).observe((last.at_s - first.at_s) / tokens)
+
+
+@dataclass(frozen=True, slots=True)
+class _Mark:
+    """How many tokens a choice had at a time."""
+
+    at_s: float
+    generated: int
 
 
 class _EngineCollector(Collector):

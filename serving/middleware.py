@@ -36,6 +36,14 @@ class RequestFacts:
     completion_tokens: int | None = None
     stream_error: str | None = None
     client_left: bool = False
+    queue_s: float | None = None  # from the arrival to a row in the batch
+    ttft_s: float | None = None
+    total_s: float | None = None
+
+    def server_timing(self) -> str:
+        """Returns what is known now, as the Server-Timing header writes it; a stream's total is not, at its status."""
+        known = {"queue": self.queue_s, "ttft": self.ttft_s, "total": self.total_s}
+        return ", ".join(f"{name};dur={1000 * value:.1f}" for name, value in known.items() if value is not None)
 
 
 def facts_of(request: Request) -> RequestFacts:
@@ -66,7 +74,10 @@ class RequestRecorder:
         async def send_named(message: Message) -> None:
             if message["type"] == "http.response.start":
                 facts.status = message["status"]
-                MutableHeaders(scope=message)["x-request-id"] = facts.request_id
+                headers = MutableHeaders(scope=message)
+                headers["x-request-id"] = facts.request_id
+                if timing := facts.server_timing():
+                    headers["server-timing"] = timing
             await send(message)
 
         try:
@@ -148,7 +159,7 @@ class JsonBodies:
         if scope["type"] == "http" and Headers(scope=scope).get("content-type", "").startswith(_FORM):
             headers = MutableHeaders(raw=list(scope["headers"]))
             headers["content-type"] = "application/json"
-            scope = {**scope, "headers": headers.raw}
+            scope["headers"] = headers.raw  # in place: the recorder reads the route that the router leaves in the scope
         await self._app(scope, receive, send)
 
 

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Annotated, ClassVar
 
 from pydantic import BeforeValidator, Field
 
 from serving.engine.completion import Choice
 from serving.engine.engine import GenerationRequest, Sampling
+from serving.engine.vocabulary import Vocabulary
 from serving.errors import BadRequest, ContextTooLong
 from serving.registry.catalog import ServedModel
 from serving.wire import Harmless, Wire, whole_text
@@ -31,7 +32,7 @@ SHARED_HARMLESS: Harmless = {
     "typical_p": (1,),
     "repetition_penalty": (1,),
     "length_penalty": (1,),
-    "best_of": (),
+    "best_of": (1,),
     "use_beam_search": (False,),
     "ignore_eos": (False,),
     "min_tokens": (0,),
@@ -90,6 +91,15 @@ class SamplingFields(Wire):
             raise BadRequest(
                 "stream_options needs stream: true; set it or remove stream_options", param="stream_options"
             )
+
+
+def refuse_oversized(texts: Iterable[str], vocabulary: Vocabulary, context_length: int, param: str) -> None:
+    """Raises ContextTooLong for what fits into no context of this length, before time is spent on encoding it."""
+    fewest = sum(map(vocabulary.fewest_tokens, texts))
+    if fewest > context_length:
+        raise ContextTooLong(
+            f"the prompt has at least {fewest} tokens and the context {context_length}: shorten the prompt", param=param
+        )
 
 
 def room_for(prompt_tokens: int, asked: int | None, default: int | None, context_length: int, param: str) -> int:

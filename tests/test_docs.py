@@ -20,9 +20,13 @@ def commands() -> list[tuple[str, str]]:
     """Every shell line of every document, as (document, line); continued lines are joined."""
     found = []
     for document in DOCUMENTS:
-        for block in re.findall(r"```(?:sh|bash)?\n(.*?)```", document.read_text(encoding="utf-8"), re.DOTALL):
-            found += [(document.name, line.strip()) for line in block.replace("\\\n", " ").splitlines()]
-    return [(name, line) for name, line in found if line]
+        language = None  # of the fenced block that is open
+        for line in document.read_text(encoding="utf-8").replace("\\\n", " ").splitlines():
+            if line.startswith("```"):
+                language = line[3:].strip() or "none" if language is None else None
+            elif language in ("sh", "none") and line.strip():
+                found.append((document.name, line.strip()))
+    return found
 
 
 def make_targets() -> set[str]:

@@ -67,7 +67,7 @@ def make_tokenizer(vocabulary_size: int = 400) -> PreTrainedTokenizerFast:
     )
 
 
-def make_tiny_model(directory: Path, seed: int = 0) -> Path:
+def make_tiny_model(directory: Path, seed: int = 0, head_dim: int = 16) -> Path:
     """Writes a random two-layer Llama (hidden 64) with its tokenizer and template; returns `directory`."""
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
@@ -81,6 +81,7 @@ def make_tiny_model(directory: Path, seed: int = 0) -> Path:
         num_hidden_layers=2,
         num_attention_heads=4,
         num_key_value_heads=2,
+        head_dim=head_dim,
         max_position_embeddings=TINY_CONTEXT,
         initializer_range=0.2,  # wide enough that the next token is not a near tie everywhere
         bos_token_id=tokenizer.convert_tokens_to_ids("<|im_start|>"),

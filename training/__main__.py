@@ -1,18 +1,27 @@
-"""The command line of training: train, merge, check, preview."""
+"""The command line of training: train, merge, check, preview, plan."""
 
 from __future__ import annotations
 
 import argparse
+import math
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from training.artifact import ArtifactError, fingerprint_base, read_manifest, verify_adapter
-from training.config import TrainConfig, cache_dir, load_recipe
+from training.artifact import (
+    MANIFEST_NAME,
+    ArtifactError,
+    fingerprint_base,
+    read_certificate,
+    read_manifest,
+    verify_adapter,
+)
+from training.config import ConfigError, TrainConfig, cache_dir, load_recipe
 from training.errors import TrainingError
 from training.fields import allowed
 
 _RUNS = Path("runs")
+_RECIPE_HELP = "TOML file, name, or LLaMA-Factory's YAML or JSON (default %(default)s)"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -20,7 +29,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = _parser()
     words, overrides = _split_overrides(sys.argv[1:] if argv is None else argv)
     arguments = parser.parse_args(words)
-    if overrides and arguments.command not in ("train", "preview"):
+    if overrides and arguments.command not in ("train", "preview", "plan"):
         parser.error(f"{arguments.command} takes no recipe fields: {' '.join(overrides)}")
     try:
         if not sys.stderr.isatty():
@@ -59,14 +68,16 @@ def _parser() -> argparse.ArgumentParser:
         commands.add_parser("train", help="train a recipe's adapter", epilog=_fields_help(), formatter_class=raw)
     )
     _add_preview(commands.add_parser("preview", help="print rendered examples, trained tokens coloured"))
+    _add_plan(commands.add_parser("plan", help="predict a run's memory, tokens and hours"))
     _add_merge(commands.add_parser("merge", help="merge an adapter into its base and certify the result"))
     check = commands.add_parser("check", help="verify an adapter directory, file by file")
     check.add_argument("directory", type=Path)
     check.add_argument("--base", type=Path, help="also compare with this base model directory")
+    check.add_argument("--merged", type=Path, help="also that this is its merged model, with a certificate that passed")
     check.add_argument("--digest", action="store_true", help="print the adapter's digest alone")
     check.set_defaults(run=_check)
-    base = commands.add_parser("base", help="print the local directory of a recipe's base, fetched if need be")
-    base.add_argument("recipe")
+    base = commands.add_parser("base", help="print the local directory of a base model, fetched if need be")
+    base.add_argument("recipe", help="a recipe, or an adapter directory")
     base.set_defaults(run=_base)
     return parser
 
@@ -80,7 +91,7 @@ def _fields_help() -> str:
 
 
 def _add_train(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("recipe", nargs="?", default="smollm2-starter", help="TOML file or name (default %(default)s)")
+    parser.add_argument("recipe", nargs="?", default="smollm2-starter", help=_RECIPE_HELP)
     parser.add_argument("--out", type=Path, help="run directory (default runs/<run.name>)")
     start = parser.add_mutually_exclusive_group()
     start.add_argument("--resume", action="store_true", help="go on with an unfinished run of the same inputs, if any")
@@ -92,9 +103,18 @@ def _add_train(parser: argparse.ArgumentParser) -> None:
 
 
 def _add_preview(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("recipe", nargs="?", default="smollm2-starter")
+    parser.add_argument("recipe", nargs="?", default="smollm2-starter", help=_RECIPE_HELP)
     parser.add_argument("-n", type=int, default=3, help="examples to print (default %(default)s)")
     parser.set_defaults(run=_preview)
+
+
+def _add_plan(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("recipe", nargs="?", default="smollm2-starter", help=_RECIPE_HELP)
+    parser.add_argument("--device", choices=["auto", "cpu", "cuda"], default="auto", help="to plan for (auto: as here)")
+    rate = parser.add_mutually_exclusive_group()
+    rate.add_argument("--probe", type=int, default=0, metavar="STEPS", help="make this many steps and correct the plan")
+    rate.add_argument("--tokens-per-s", type=float, metavar="RATE", help="a rate known from elsewhere")
+    parser.set_defaults(run=_plan)
 
 
 def _add_merge(parser: argparse.ArgumentParser) -> None:
@@ -141,7 +161,7 @@ def _is_trained(config: TrainConfig, out: Path) -> bool:
         manifest = verify_adapter(out / "adapter")
     except ArtifactError:
         return False
-    if manifest.recipe != config.model_dump(mode="json"):
+    if manifest.recipe != config.model_dump(mode="json") or not (out / "held_out.jsonl").is_file():
         return False
     base = resolve_base(config.model, cache_dir())
     return manifest.data.sha256 == dataset_sha256(
@@ -156,45 +176,62 @@ def _preview(arguments: argparse.Namespace, overrides: Sequence[str]) -> int:
     return 0
 
 
-def _merge(arguments: argparse.Namespace, _: Sequence[str]) -> int:
+def _plan(arguments: argparse.Namespace, overrides: Sequence[str]) -> int:
     import torch
 
-    from training.certificate import certify
-    from training.merge import merge
+    from training.plan import make_plan, table
 
+    here = "cuda" if torch.cuda.is_available() else "cpu"
+    device = here if arguments.device == "auto" else arguments.device
+    if arguments.probe < 0 or (arguments.probe and device != here):
+        raise ConfigError(
+            f"--probe {arguments.probe} --device {device}: a probe makes 1 or more steps, on the {here} here"
+        )
+    if arguments.tokens_per_s is not None and not 0 < arguments.tokens_per_s < math.inf:
+        raise ConfigError(f"--tokens-per-s {arguments.tokens_per_s}: give a number above 0")
+    config = load_recipe(arguments.recipe, overrides)
+    print(table(make_plan(config, cache_dir(), device, arguments.probe, arguments.tokens_per_s), config))
+    return 0
+
+
+def _merge(arguments: argparse.Namespace, _: Sequence[str]) -> int:
     out = arguments.out or arguments.adapter.with_name("merged")
     manifest = read_manifest(arguments.adapter)
-    if arguments.if_changed and _is_merged(manifest.digest, out):
+    if arguments.if_changed and _is_merged(manifest.digest, out, arguments.dtype):
         print(f"{out} is up to date")
         return 0
+    import torch
+
+    from training.certificate import certify, read_held_out
+    from training.merge import merge
+
     base = arguments.base or _base_of(manifest.recipe)
-    merge(arguments.adapter, base, out, getattr(torch, arguments.dtype) if arguments.dtype else None)
-    held_out = arguments.held_out or arguments.adapter.with_name("held_out.jsonl")
+    chats = read_held_out(arguments.held_out or arguments.adapter.with_name("held_out.jsonl"), arguments.rows)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    certificate = certify(arguments.adapter, base, out, held_out, arguments.rows, device)
+    dtype = getattr(torch, arguments.dtype) if arguments.dtype else None
+    certificate = merge(
+        arguments.adapter, base, out, dtype, lambda merged: certify(arguments.adapter, base, merged, chats, device)
+    )
     print(
-        f"merged into {out}: on {certificate.positions} tokens of {certificate.rows} held-out rows it stands "
+        f"{arguments.adapter} merged: on {certificate.positions} tokens of {certificate.rows} held-out rows it stands "
         f"KL {certificate.kl_nats_mean:.1e} nats from base + adapter (allowed {certificate.kl_nats_allowed:.1e}; "
         f"the base alone stands {certificate.kl_nats_base_mean:.1e}), top-1 agreement "
-        f"{100 * certificate.top1_agreement:.2f} %: {'passed' if certificate.passed else 'FAILED'}"
+        f"{100 * certificate.top1_agreement:.2f} %: "
+        f"{f'passed, {out}' if certificate.passed else f'FAILED, {out} is as it was'}"
     )
     return 0 if certificate.passed else 1
 
 
-def _is_merged(digest: str, out: Path) -> bool:
-    import json
-
-    from training.certificate import CERTIFICATE_NAME
-
-    try:
-        certificate = json.loads((out / CERTIFICATE_NAME).read_text())
-        return bool(
-            certificate["passed"]
-            and certificate["adapter_digest"] == digest
-            and certificate["merged_fingerprint"] == fingerprint_base(out)
-        )
-    except (OSError, ValueError, KeyError):
-        return False
+def _is_merged(digest: str, out: Path, dtype: str | None) -> bool:
+    """Whether `out` is a whole merge of that adapter, with a certificate that passed."""
+    certificate = read_certificate(out)
+    return (
+        certificate is not None
+        and certificate.passed
+        and certificate.adapter_digest == digest
+        and dtype in (None, certificate.dtype)
+        and certificate.merged_fingerprint == fingerprint_base(out)
+    )
 
 
 def _base_of(recipe: dict[str, object]) -> Path:
@@ -213,13 +250,19 @@ def _check(arguments: argparse.Namespace, _: Sequence[str]) -> int:
     if arguments.base and (found := fingerprint_base(arguments.base)) != manifest.base.fingerprint:
         print(f"{arguments.base}: fingerprint {found[:12]}: not the base it was trained on", file=sys.stderr)
         return 1
+    if arguments.merged and not _is_merged(manifest.digest, arguments.merged, None):
+        print(f"{arguments.merged}: no certified merge of this adapter", file=sys.stderr)
+        return 1
     return 0
 
 
 def _base(arguments: argparse.Namespace, _: Sequence[str]) -> int:
     from training.base import resolve_base
 
-    print(resolve_base(load_recipe(arguments.recipe).model, cache_dir()).directory)
+    if (Path(arguments.recipe) / MANIFEST_NAME).is_file():
+        print(_base_of(read_manifest(Path(arguments.recipe)).recipe))
+    else:
+        print(resolve_base(load_recipe(arguments.recipe).model, cache_dir()).directory)
     return 0
 
 

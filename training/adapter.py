@@ -8,7 +8,6 @@ import subprocess
 from contextlib import suppress
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
 
 from training.artifact import (
     AdapterManifest,
@@ -16,50 +15,50 @@ from training.artifact import (
     ChatSection,
     LoraSection,
     LossSection,
-    fingerprint_base,
     hash_files,
     write_manifest,
 )
-from training.base import BaseFiles
 from training.chat import end_of_turn_id, template_hash
+from training.checkpoint import sync
 from training.config import TrainConfig
 from training.log import TrainLog
-from training.prepare import Prepared, system_prompt
+from training.prepare import system_prompt
+from training.run import Run
 
 _PACKAGES = ("torch", "transformers", "peft", "bitsandbytes", "accelerate", "datasets")
 
 
-def save_adapter(
-    directory: Path, model: Any, tokenizer: Any, config: TrainConfig, base: BaseFiles, data: Prepared, log: TrainLog
-) -> AdapterManifest:
+def save_adapter(directory: Path, run: Run, log: TrainLog) -> AdapterManifest:
     """Writes `directory` whole or not at all; one that stood there before is replaced only at the end."""
     temporary = directory.with_name(directory.name + ".tmp")
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)
-    model.peft_config["default"].base_model_name_or_path = base.model_id
-    model.save_pretrained(temporary, save_embedding_layers=False)
+    run.peft_model.peft_config["default"].base_model_name_or_path = run.base.model_id
+    run.peft_model.save_pretrained(temporary, save_embedding_layers=False)
     (temporary / "README.md").unlink(missing_ok=True)  # peft's model card is an empty form
-    tokenizer.save_pretrained(temporary)
-    (temporary / "chat_template.jinja").write_text(tokenizer.chat_template, encoding="utf-8")
-    manifest = _manifest(temporary, tokenizer, config, base, data, log, model)
+    run.tokenizer.save_pretrained(temporary)
+    manifest = _manifest(temporary, run, log)
+    for path in temporary.iterdir():
+        sync(path)
     write_manifest(temporary, manifest)
+    sync(temporary)
     old = directory.with_name(directory.name + ".old")
     shutil.rmtree(old, ignore_errors=True)
     if directory.exists():
         directory.rename(old)
     temporary.rename(directory)
+    sync(directory.parent)
     shutil.rmtree(old, ignore_errors=True)
     return manifest
 
 
-def _manifest(
-    directory: Path, tokenizer: Any, config: TrainConfig, base: BaseFiles, data: Prepared, log: TrainLog, model: Any
-) -> AdapterManifest:
-    lora = model.peft_config["default"]
+def _manifest(directory: Path, run: Run, log: TrainLog) -> AdapterManifest:
+    config, tokenizer, base = run.config, run.tokenizer, run.base
+    lora = run.peft_model.peft_config["default"]
     return AdapterManifest(
         name=config.run.name,
         created=datetime.now(UTC),
-        base=BaseSection(model=base.model_id, revision=base.revision, fingerprint=fingerprint_base(base.directory)),
+        base=BaseSection(model=base.model_id, revision=base.revision, fingerprint=run.inputs["base"]),
         chat=ChatSection(
             mode=config.data.template,
             template_sha256=template_hash(tokenizer),
@@ -67,31 +66,33 @@ def _manifest(
             stop_token_ids=(end_of_turn_id(tokenizer),),
         ),
         quantisation="nf4-double" if config.model.quantisation == "nf4" else "none",
-        compute_dtype=str(model.get_base_model().dtype).removeprefix("torch."),
+        compute_dtype=str(run.peft_model.get_base_model().dtype).removeprefix("torch."),
         lora=LoraSection(
             rank=lora.r,
             alpha=lora.lora_alpha,
             dropout=lora.lora_dropout,
             target_modules=tuple(sorted(lora.target_modules)),
         ),
-        data=data.facts,
+        data=run.data.facts,
         recipe=config.model_dump(mode="json"),
         seed=config.run.seed,
         versions=_versions(),
         git_revision=_git_revision(),
-        loss=_loss_summary(log),
+        loss=_loss_summary(log, config),
         files=hash_files(directory),
     )
 
 
-def _loss_summary(log: TrainLog) -> LossSection:
-    losses, validation = log.losses(), log.validation()
+def _loss_summary(log: TrainLog, config: TrainConfig) -> LossSection:
+    losses, validation, best = log.losses(), log.validation(), log.best()
     return LossSection(
         steps=losses[-1][0],
         first_nll_nats=losses[0][1],
         last_nll_nats=losses[-1][1],
         validation_first_nll_nats=validation[0][1] if validation else None,
         validation_last_nll_nats=validation[-1][1] if validation else None,
+        validation_best_nll_nats=best[1] if best else None,
+        weights_step=best[0] if best and config.run.early_stopping_patience else losses[-1][0],
     )
 
 

@@ -15,6 +15,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from training.errors import TrainingError
 
 MANIFEST_NAME = "manifest.json"
+CERTIFICATE_NAME = "merge_certificate.json"
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
 ADAPTER_CONFIG = "adapter_config.json"
 REQUIRED_FILES = (ADAPTER_WEIGHTS, ADAPTER_CONFIG, "tokenizer.json", "tokenizer_config.json", "chat_template.jinja")
@@ -71,6 +72,8 @@ class LossSection(_Section):
     last_nll_nats: float
     validation_first_nll_nats: float | None
     validation_last_nll_nats: float | None
+    validation_best_nll_nats: float | None = None
+    weights_step: int | None = None  # whose weights these are: the best's under early stopping; None: the last's
 
 
 class AdapterManifest(_Section):
@@ -96,6 +99,31 @@ class AdapterManifest(_Section):
         return _hash_of_hashes(self.files)
 
 
+class MergeCertificate(_Section):
+    """How far a merged model stands from base + adapter, over `positions` reply tokens of `rows` held-out rows."""
+
+    format_version: Literal[1] = 1
+    adapter_digest: str
+    base_fingerprint: str
+    merged_fingerprint: str
+    chat: ChatSection  # the adapter's: a server must render the merged model's prompts as it was trained
+    dtype: str
+    rows: int
+    positions: int
+    kl_nats_mean: float  # a token's KL(base + adapter || merged)
+    kl_nats_max: float
+    kl_nats_allowed: float
+    kl_nats_base_mean: float  # a token's KL(base + adapter || base): what the adapter changed
+    top1_agreement: float
+    top1_agreement_base: float
+    nll_nats_adapter: float
+    nll_nats_merged: float
+
+    @property
+    def passed(self) -> bool:
+        return self.kl_nats_mean <= self.kl_nats_allowed
+
+
 def sha256_file(path: Path) -> str:
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
@@ -106,7 +134,7 @@ def fingerprint_base(model_dir: Path) -> str:
 
     Names of files count, so a resharded copy is another base. Raises ArtifactError where there are no weights.
     """
-    files = sorted(path for path in model_dir.iterdir() if path.name.endswith(_WEIGHT_SUFFIXES))
+    files = sorted(path for path in model_dir.glob("*") if path.name.endswith(_WEIGHT_SUFFIXES))
     config = model_dir / "config.json"
     if not files or not config.is_file():
         raise ArtifactError(
@@ -140,8 +168,18 @@ def read_manifest(directory: Path) -> AdapterManifest:
             directory, [f"no {MANIFEST_NAME}: not a Graft adapter, or its training did not finish"]
         ) from None
     except ValidationError as error:
-        details = (f"{MANIFEST_NAME}: {'.'.join(map(str, e['loc']))}: {e['msg']}" for e in error.errors())
-        raise ArtifactError(directory, details) from None
+        raise ArtifactError(directory, _details(MANIFEST_NAME, error)) from None
+
+
+def read_certificate(merged_dir: Path) -> MergeCertificate | None:
+    """Returns the certificate of a merged model, or None for one that Graft did not merge. Raises ArtifactError."""
+    path = merged_dir / CERTIFICATE_NAME
+    if not path.is_file():
+        return None
+    try:
+        return MergeCertificate.model_validate_json(path.read_bytes())
+    except ValidationError as error:
+        raise ArtifactError(merged_dir, _details(CERTIFICATE_NAME, error)) from None
 
 
 def verify_adapter(directory: Path) -> AdapterManifest:
@@ -190,3 +228,7 @@ def _check(directory: Path, name: str, digest: str) -> str | None:
 def _hash_of_hashes(files: Mapping[str, str]) -> str:
     lines = "".join(f"{digest}  {name}\n" for name, digest in sorted(files.items()))
     return hashlib.sha256(lines.encode()).hexdigest()
+
+
+def _details(name: str, error: ValidationError) -> list[str]:
+    return [f"{name}: {'.'.join(map(str, detail['loc']))}: {detail['msg']}" for detail in error.errors()]

@@ -23,8 +23,9 @@ class BaseFiles:
     revision: str | None
 
 
-def resolve_base(model: ModelConfig, cache: Path) -> BaseFiles:
-    """Returns the base's local directory: the embedded model, a local path, or a hub snapshot (downloaded if need be).
+def resolve_base(model: ModelConfig, cache: Path, *, weights: bool = True) -> BaseFiles:
+    """Returns the base's local directory: the embedded model, a local path, or a hub snapshot (downloaded if need be;
+    without `weights`, only what describes the model).
 
     Raises BaseError where none of these gives one.
     """
@@ -35,7 +36,8 @@ def resolve_base(model: ModelConfig, cache: Path) -> BaseFiles:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, RepositoryNotFoundError
 
-    patterns = ["*.json", "*.safetensors", "*.jinja", "tokenizer*", "*.model", "merges.txt", "vocab*"]
+    patterns = ["*.json", "*.jinja", "tokenizer*", "*.model", "merges.txt", "vocab*"]
+    patterns += ["*.safetensors"] if weights else []
     try:
         directory = snapshot_download(model.id, revision=model.revision, allow_patterns=patterns)
     except (HfHubHTTPError, LocalEntryNotFoundError, RepositoryNotFoundError, OSError, ValueError) as error:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 
 import torch
 
@@ -55,14 +56,15 @@ def pack_rows(examples: Sequence[TrainExample], budget: int) -> list[Pack]:
     return [_join(rows) for rows in bins]
 
 
-def epoch_order(rows: int, seed: int, epoch: int) -> list[int]:
+@lru_cache(maxsize=2)  # a step asks for its epoch's order; shuffling 52,000 rows takes 30 ms
+def epoch_order(rows: int, seed: int, epoch: int) -> tuple[int, ...]:
     """Returns the row indices of one epoch, shuffled; the same for the same arguments on every machine."""
     order = list(range(rows))
     random.Random(f"{seed}/{epoch}").shuffle(order)
-    return order
+    return tuple(order)
 
 
-def step_rows(rows: int, batch_size: int, seed: int, step: int) -> list[int]:
+def step_rows(rows: int, batch_size: int, seed: int, step: int) -> tuple[int, ...]:
     """Returns the row indices of optimizer step `step` (0-based); an epoch's last step takes what is left."""
     per_epoch = -(-rows // batch_size)
     epoch, within = divmod(step, per_epoch)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -13,62 +13,35 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from training import attention
-from training.artifact import fingerprint_base, read_manifest
+from training.artifact import CERTIFICATE_NAME, MergeCertificate, fingerprint_base, read_manifest
 from training.batch import pack_rows, targets
 from training.chat import IGNORED_LABEL, Message, TrainExample, render_example, with_default_system
 from training.errors import TrainingError
 from training.model import PackLoss, load_tokenizer, refuse_unsupported
 
-CERTIFICATE_NAME = "merge_certificate.json"
 PACK_TOKENS = 2048
-# A merge may differ by rounding: at most this share of what the adapter itself changed, or this floor where it changed
-# next to nothing. 16-bit arithmetic alone moves a 7B model's distributions by about 2e-3 nats.
-MAX_SHARE_OF_CHANGE = 0.05
-FLOOR_KL_NATS = {torch.float32: 1e-5, torch.bfloat16: 2e-3, torch.float16: 1e-3}
+# A merge may differ by rounding. In fp32 that is next to nothing; 16-bit arithmetic alone moves a 7B model by about
+# 2e-3 nats a token, and rounded weights may cost a small share of what the adapter changed.
+ROUNDING_KL_NATS = {torch.float32: 1e-5, torch.bfloat16: 2e-3, torch.float16: 1e-3}
+MAX_SHARE_OF_CHANGE = {torch.float32: 0.0, torch.bfloat16: 0.05, torch.float16: 0.05}
 _POSITIONS_AT_ONCE = 256
 
 # N labelled positions, D hidden size, V vocabulary
+Chat = tuple[Message, ...]
 
 
 class CertificateError(TrainingError):
     """Nothing to certify on."""
 
 
-@dataclass(frozen=True, slots=True)
-class Certificate:
-    """How far merged stands from base + adapter, over `positions` reply tokens of `rows` held-out rows."""
-
-    adapter_digest: str
-    base_fingerprint: str
-    merged_fingerprint: str
-    dtype: str
-    rows: int
-    positions: int
-    kl_nats_mean: float  # a token's KL(base + adapter || merged)
-    kl_nats_max: float
-    kl_nats_base_mean: float  # a token's KL(base + adapter || base): what the adapter changed
-    top1_agreement: float
-    top1_agreement_base: float
-    nll_nats_adapter: float
-    nll_nats_merged: float
-    kl_nats_allowed: float
-
-    @property
-    def passed(self) -> bool:
-        return self.kl_nats_mean <= self.kl_nats_allowed
-
-
 @torch.inference_mode()
 def certify(
-    adapter_dir: Path, base_dir: Path, merged_dir: Path, held_out: Path, rows: int, device: torch.device
-) -> Certificate:
-    """Measures both models on the first `rows` held-out rows and writes the certificate into `merged_dir`.
-
-    One model is in memory at a time. Raises CertificateError where `held_out` has no rows.
-    """
+    adapter_dir: Path, base_dir: Path, merged_dir: Path, held_out: Sequence[Chat], device: torch.device
+) -> MergeCertificate:
+    """Measures both on held-out chats, one model in memory at a time, and writes the certificate into `merged_dir`."""
     manifest = read_manifest(adapter_dir)
     system = manifest.chat.default_system_prompt if manifest.chat.mode == "qwen" else None
-    examples = _examples(load_tokenizer(merged_dir), held_out, rows, system)
+    examples = _examples(load_tokenizer(merged_dir), held_out, system)
     merged = _load(merged_dir, None, device)
     dtype = merged.dtype
     hidden_merged_ND, targets_N = _hidden(merged, examples, device)
@@ -80,10 +53,11 @@ def certify(
     head_VD = reference.get_base_model().get_output_embeddings().weight  # LoRA never touches it
     merged_far = _compare(hidden_adapter_ND, hidden_merged_ND, targets_N, head_VD)
     base_far = _compare(hidden_adapter_ND, hidden_base_ND, targets_N, head_VD)
-    certificate = Certificate(
+    certificate = MergeCertificate(
         adapter_digest=manifest.digest,
         base_fingerprint=manifest.base.fingerprint,
         merged_fingerprint=fingerprint_base(merged_dir),
+        chat=manifest.chat,
         dtype=str(dtype).removeprefix("torch."),
         rows=len(examples),
         positions=len(targets_N),
@@ -94,23 +68,35 @@ def certify(
         top1_agreement_base=base_far.top1_agreement,
         nll_nats_adapter=merged_far.nll_nats_left,
         nll_nats_merged=merged_far.nll_nats_right,
-        kl_nats_allowed=max(FLOOR_KL_NATS[dtype], MAX_SHARE_OF_CHANGE * base_far.kl_nats_mean),
+        kl_nats_allowed=max(ROUNDING_KL_NATS[dtype], MAX_SHARE_OF_CHANGE[dtype] * base_far.kl_nats_mean),
     )
-    text = json.dumps({**asdict(certificate), "passed": certificate.passed}, indent=2)
-    (merged_dir / CERTIFICATE_NAME).write_text(text + "\n")
+    (merged_dir / CERTIFICATE_NAME).write_text(certificate.model_dump_json(indent=2) + "\n", encoding="utf-8")
     return certificate
 
 
-def _examples(tokenizer: Any, held_out: Path, rows: int, system: str | None) -> list[TrainExample]:
-    lines = held_out.read_text(encoding="utf-8").splitlines()[:rows]
-    if not lines:
-        raise CertificateError(f"{held_out} has no rows to certify on; give a file with --held-out")
-    chats = [json.loads(line) for line in lines]
-    conversations = [
-        (*(Message(m["role"], m["content"]) for m in chat["messages"]), Message("assistant", chat["reference"]))
-        for chat in chats
-    ]
-    return [render_example(tokenizer, with_default_system(chat, system)) for chat in conversations]
+def read_held_out(path: Path, rows: int) -> list[Chat]:
+    """Returns a run's first held-out chats, references last. Raises CertificateError naming file and line."""
+    try:
+        lines = path.read_text(encoding="utf-8").split("\n")[:rows]
+    except OSError as error:
+        raise CertificateError(f"{path}: {error.strerror}; give held-out rows to certify on with --held-out") from None
+    chats = [_chat(path, number, line) for number, line in enumerate(lines, 1) if line]
+    if not chats:
+        raise CertificateError(f"{path} has no rows to certify on; give others with --held-out")
+    return chats
+
+
+def _chat(path: Path, number: int, line: str) -> Chat:
+    try:
+        row = json.loads(line)
+        messages = [Message(message["role"], message["content"]) for message in row["messages"]]
+        return (*messages, Message("assistant", row["reference"]))
+    except (ValueError, KeyError, TypeError):
+        raise CertificateError(f'{path}, line {number}: expected {{"messages": [...], "reference": "..."}}') from None
+
+
+def _examples(tokenizer: Any, chats: Sequence[Chat], system: str | None) -> list[TrainExample]:
+    return [render_example(tokenizer, with_default_system(chat, system)) for chat in chats]
 
 
 def _load(directory: Path, dtype: torch.dtype | None, device: torch.device) -> Any:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from bisect import bisect_right
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol, cast
 
@@ -62,10 +62,11 @@ def template_hash(tokenizer: Tokenizer) -> str:
 def default_system_prompt(tokenizer: Tokenizer) -> str | None:
     """Returns the system text that the template adds when a chat has none, or None."""
     probe = "graft-probe"
-    alone = _render(tokenizer, (Message("user", probe),), generation_prompt=False)
-    chat = (Message("system", "S" + probe), Message("user", probe))
+    reader = _reader(tokenizer)
+    alone = reader.render([Message("user", probe)], generation_prompt=False)
+    chat = [Message("system", "S" + probe), Message("user", probe)]
     try:
-        with_system = _render(tokenizer, chat, generation_prompt=False)
+        with_system = reader.render(chat, generation_prompt=False)
     except TemplateError:  # the template knows no system messages, so it adds none
         return None
     head, _, tail = with_system.partition("S" + probe)
@@ -85,12 +86,14 @@ def render_prompt(tokenizer: Tokenizer, messages: Sequence[Message]) -> tuple[in
 
     Raises TemplateError where the template refuses the chat.
     """
-    return _render_ids(tokenizer, messages, generation_prompt=True)
+    reader = _reader(tokenizer)
+    return reader.ids(reader.escape_all(messages), generation_prompt=True)
 
 
 def render_chat(tokenizer: Tokenizer, messages: Sequence[Message]) -> tuple[int, ...]:
     """Returns the ids of a finished chat, without a generation prompt. Raises TemplateError as `render_prompt` does."""
-    return _render_ids(tokenizer, messages, generation_prompt=False)
+    reader = _reader(tokenizer)
+    return reader.ids(reader.escape_all(messages), generation_prompt=False)
 
 
 def render_example(
@@ -103,17 +106,17 @@ def render_example(
     end of a shortened reply is not labelled, since no one wrote it. Raises TemplateError where the chat has no reply,
     where no content is left to cut, and for templates whose prompt is not a prefix of the finished chat.
     """
-    kept, lost, cut = list(messages), 0, set[int]()
-    example = _label(tokenizer, kept, cut, label_turn_tail)
+    reader, kept, lost, cut = _reader(tokenizer), list(messages), 0, set[int]()
+    example = _label(reader, kept, cut, label_turn_tail)
     while cutoff is not None and len(example.input_ids) > cutoff:
-        index = _longest(tokenizer, kept)
-        removed = _shorten(tokenizer, kept, index, len(example.input_ids) - cutoff)
+        index = _longest(reader, kept)
+        removed = _shorten(reader, kept, index, len(example.input_ids) - cutoff)
         if not removed:
             raise TemplateError(
                 f"{len(messages)} messages need more than {cutoff} tokens without any content; raise cutoff"
             )
         lost, cut = lost + removed, cut | {index}
-        example = _label(tokenizer, kept, cut, label_turn_tail)
+        example = _label(reader, kept, cut, label_turn_tail)
     return TrainExample(example.input_ids, example.labels, lost)
 
 
@@ -129,15 +132,15 @@ def with_default_system(messages: Sequence[Message], system: str | None) -> tupl
     return (Message("system", system), *messages)
 
 
-def _label(tokenizer: Tokenizer, messages: Sequence[Message], cut: set[int], tail: bool) -> TrainExample:
-    ids = render_chat(tokenizer, messages)
+def _label(reader: _Reader, messages: Sequence[Message], cut: set[int], tail: bool) -> TrainExample:
+    chat = reader.escape_all(messages)
+    ids = reader.ids(chat, generation_prompt=False)
     labels = [IGNORED_LABEL] * len(ids)
-    replies = [index for index, message in enumerate(messages) if message.role == "assistant"]
+    replies = [index for index, message in enumerate(chat) if message.role == "assistant"]
     if not replies:
         raise TemplateError("the chat has no assistant message to train on")
-    controls = set(control_tokens(tokenizer).values())
     for index in replies:
-        start, end, turn_end = _reply_span(tokenizer, messages, index, ids, controls)
+        start, end, turn_end = _reply_span(reader, chat, index, ids)
         if index in cut:
             end -= 1
         elif tail:
@@ -146,37 +149,36 @@ def _label(tokenizer: Tokenizer, messages: Sequence[Message], cut: set[int], tai
     return TrainExample(ids, tuple(labels))
 
 
-def _reply_span(
-    tokenizer: Tokenizer, messages: Sequence[Message], index: int, ids: tuple[int, ...], controls: set[int]
-) -> tuple[int, int, int]:
+def _reply_span(reader: _Reader, chat: Sequence[Message], index: int, ids: tuple[int, ...]) -> tuple[int, int, int]:
     """Returns where the reply's text begins, and where its end-of-turn token and its whole turn end, in positions."""
-    prompt = render_prompt(tokenizer, messages[:index])
-    turn = ids if index == len(messages) - 1 else render_chat(tokenizer, messages[: index + 1])
+    prompt = reader.ids(chat[:index], generation_prompt=True)
+    turn = ids if index == len(chat) - 1 else reader.ids(chat[: index + 1], generation_prompt=False)
     if ids[: len(prompt)] != prompt or ids[: len(turn)] != turn:
         raise TemplateError(
             f"the template rewrites earlier text once message {index} is there: the prompt a server would render is "
             "not a prefix of the training example, so what is trained would not be what is served"
         )
     # Templates may put text after the end-of-turn token (ChatML: a newline) that the model never has to produce.
+    controls = set(reader.controls.values())
     end = next((at + 1 for at in range(len(turn) - 1, len(prompt) - 1, -1) if ids[at] in controls), None)
-    if end is None or str(tokenizer.decode(list(ids[end : len(turn)]))).strip():
+    if end is None or str(reader.tokenizer.decode(list(ids[end : len(turn)]))).strip():
         raise TemplateError(
             f"the template ends message {index} with no control token, so a model could not learn to stop"
         )
     return len(prompt), end, len(turn)
 
 
-def _longest(tokenizer: Tokenizer, messages: Sequence[Message]) -> int:
-    sizes = [len(_encode(tokenizer, _escape(tokenizer, message.content))) for message in messages]
+def _longest(reader: _Reader, messages: Sequence[Message]) -> int:
+    sizes = [len(reader.encode(reader.escape(message.content))) for message in messages]
     return max(range(len(sizes)), key=sizes.__getitem__)
 
 
-def _shorten(tokenizer: Tokenizer, messages: list[Message], index: int, excess: int) -> int:
+def _shorten(reader: _Reader, messages: list[Message], index: int, excess: int) -> int:
     """Cuts about `excess` tokens off the end of one message's content, in place; returns the tokens it lost."""
     message = messages[index]
 
     def size(length: int) -> int:
-        return len(_encode(tokenizer, _escape(tokenizer, message.content[:length])))
+        return len(reader.encode(reader.escape(message.content[:length])))
 
     whole = size(len(message.content))
     # Searched over characters: cutting decoded ids would break characters, and decoders may change white space.
@@ -191,68 +193,96 @@ _MARK = "\ufdd0"
 _NEAR = 8  # characters of a reply that can change how its header is split
 
 
-def _escape(tokenizer: Tokenizer, content: str) -> str:
-    content = content.replace(_MARK, "")
-    for text in control_tokens(tokenizer):
-        if text in content and len(text) == 1:
-            raise TemplateError(f"a message contains {text!r}, which this tokenizer has as a control token; remove it")
-        while text in content:  # again where a token's text overlaps itself
-            content = content.replace(text, text[0] + _MARK + text[1:])
-    return content
+@dataclass(frozen=True, slots=True)
+class _Reader:
+    """A tokenizer, and what one call reads of it once: each reading has the tokenizer build its control tokens anew.
 
-
-def _render(tokenizer: Tokenizer, messages: Sequence[Message], *, generation_prompt: bool) -> str:
-    _template_text(tokenizer)
-    chat = [{"role": message.role, "content": _escape(tokenizer, message.content)} for message in messages]
-    try:
-        text = tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=generation_prompt)
-    except Exception as error:  # templates raise what they like, jinja2's errors among them
-        raise TemplateError(f"the chat template refused the messages: {error}") from error
-    return cast(str, text)
-
-
-def _render_ids(tokenizer: Tokenizer, messages: Sequence[Message], *, generation_prompt: bool) -> tuple[int, ...]:
-    text = _render(tokenizer, messages, generation_prompt=generation_prompt)
-    for index in range(len(messages) - 1, -1, -1):
-        if messages[index].role == "assistant":
-            try:
-                prompt = _render(tokenizer, messages[:index], generation_prompt=True)
-            except TemplateError:  # no prompt can end here, such as before a chat's first message
-                continue
-            if text.startswith(prompt) and _must_cut(tokenizer, prompt, text[len(prompt) :]):
-                text = prompt + _MARK + text[len(prompt) :]
-    return _encode(tokenizer, text)
-
-
-def _must_cut(tokenizer: Tokenizer, prompt: str, rest: str) -> bool:
-    """Returns whether a reply and the header before it would share a token (ChatML's newline and the reply's own).
-
-    No prompt ends inside a token, so there the ids are those of the prompt and then those of the reply.
+    A chat is escaped once and then rendered as often as it takes.
     """
-    if rest[:1].isspace():
-        return True
-    header = prompt[max((0, *(prompt.rfind(text) for text in control_tokens(tokenizer)))) :]
-    near = rest[:_NEAR].partition(_MARK)[0]
-    ids = _encode(tokenizer, header)
-    return _encode(tokenizer, header + near)[: len(ids)] != ids
+
+    tokenizer: Tokenizer
+    controls: Mapping[str, int]  # text to id
+    anchor: str  # the text of a control token that leaves white space after it alone, "" where there is none
+
+    def escape_all(self, messages: Sequence[Message]) -> list[Message]:
+        return [Message(message.role, self.escape(message.content)) for message in messages]
+
+    def escape(self, content: str) -> str:
+        content = content.replace(_MARK, "")
+        for text in self.controls:
+            if text in content and len(text) == 1:
+                raise TemplateError(
+                    f"a message contains {text!r}, which this tokenizer has as a control token; remove it"
+                )
+            while text in content:  # again where a token's text overlaps itself
+                content = content.replace(text, text[0] + _MARK + text[1:])
+        return content
+
+    def render(self, chat: Sequence[Message], *, generation_prompt: bool) -> str:
+        """Returns the template's text; the contents of `chat` are escaped already."""
+        dicts = [{"role": message.role, "content": message.content} for message in chat]
+        try:
+            text = self.tokenizer.apply_chat_template(dicts, tokenize=False, add_generation_prompt=generation_prompt)
+        except Exception as error:  # templates raise what they like, jinja2's errors among them
+            raise TemplateError(f"the chat template refused the messages: {error}") from error
+        return cast(str, text)
+
+    def ids(self, chat: Sequence[Message], *, generation_prompt: bool) -> tuple[int, ...]:
+        """Renders and encodes; cuts where a reply would share a token with the header before it."""
+        text = self.render(chat, generation_prompt=generation_prompt)
+        pieces, end = list[str](), len(text)
+        for prompt in self._prompts(chat):
+            start = len(prompt)
+            if (
+                start <= end
+                and text.startswith(prompt)
+                and self._must_cut(prompt, text[start : min(start + _NEAR, end)])
+            ):
+                pieces.append(text[start:end])
+                end = start
+        return self.encode(_MARK.join([text[:end], *reversed(pieces)]))
+
+    def encode(self, text: str) -> tuple[int, ...]:
+        """Encodes as the tokenizer itself does, but for the cuts at marks."""
+        first, *rest = text.split(_MARK)
+        ids = self.tokenizer.encode(first, add_special_tokens=False, split_special_tokens=False)
+        for piece in rest:
+            # Behind a control token, which is dropped again, no tokenizer takes a piece for the beginning of a text.
+            behind = self.tokenizer.encode(self.anchor + piece, add_special_tokens=False, split_special_tokens=False)
+            ids += behind[1:] if self.anchor else behind
+        return tuple(ids)
+
+    def _prompts(self, chat: Sequence[Message]) -> Iterator[str]:
+        """Yields the text before each reply, the last reply's first, where a prompt can end there."""
+        for index in range(len(chat) - 1, -1, -1):
+            if chat[index].role == "assistant":
+                try:
+                    prompt = self.render(chat[:index], generation_prompt=True)
+                except TemplateError:  # such as before a chat's first message
+                    continue
+                yield prompt
+
+    def _must_cut(self, prompt: str, reply: str) -> bool:
+        """Returns whether a reply and the header before it would share a token (ChatML's newline and the reply's own).
+
+        No prompt ends inside a token, so there the ids are those of the prompt and then those of the reply.
+        """
+        near = reply.partition(_MARK)[0]
+        if near[:1].isspace():
+            return True
+        start = 0
+        for text in self.controls:
+            start = max(start, prompt.rfind(text, start))
+        header = prompt[start:]
+        ids = self.encode(header)
+        return self.encode(header + near)[: len(ids)] != ids
 
 
-def _encode(tokenizer: Tokenizer, text: str) -> tuple[int, ...]:
-    """Encodes as the tokenizer itself does, but for the cuts at marks."""
-    first, *rest = text.split(_MARK)
-    ids = tokenizer.encode(first, add_special_tokens=False, split_special_tokens=False)
-    # Behind a control token, which is dropped again, no tokenizer takes a piece for the beginning of a text.
-    anchor = _anchor(tokenizer) if rest else ""
-    for piece in rest:
-        behind = tokenizer.encode(anchor + piece, add_special_tokens=False, split_special_tokens=False)
-        ids += behind[1:] if anchor else behind
-    return tuple(ids)
-
-
-def _anchor(tokenizer: Tokenizer) -> str:
-    """Returns the text of a control token that leaves white space after it alone, "" where there is none."""
-    controls = (token for token in tokenizer.added_tokens_decoder.values() if token.special and not token.rstrip)
-    return next((str(token.content) for token in controls), "")
+def _reader(tokenizer: Tokenizer) -> _Reader:
+    _template_text(tokenizer)
+    tokens = tokenizer.added_tokens_decoder.values()
+    anchor = next((str(token.content) for token in tokens if token.special and not token.rstrip), "")
+    return _Reader(tokenizer, control_tokens(tokenizer), anchor)
 
 
 def _template_text(tokenizer: Tokenizer) -> str:

@@ -38,11 +38,12 @@ class Checkpoint:
     weights: Mapping[str, torch.Tensor]
     optimizer: Mapping[str, Any]
     scaler: Mapping[str, Any]  # of fp16's loss; empty for other dtypes
+    micro_batch_tokens: int | None = None  # where memory ran out: dropout's draws follow the packs
 
 
-def save(directory: Path, checkpoint: Checkpoint, keep: int) -> Path:
-    """Writes `directory/step-N` and drops all but the newest `keep`; failing midway leaves the older ones whole."""
-    final = directory / f"step-{checkpoint.step:06d}"
+def save(directory: Path, checkpoint: Checkpoint, keep: int, best_step: int | None = None) -> Path:
+    """Writes `directory/step-N` and drops all but the newest `keep` and the best; failing midway drops none."""
+    final = _path(directory, checkpoint.step)
     temporary = directory / f".{final.name}.tmp"
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)
@@ -52,22 +53,41 @@ def save(directory: Path, checkpoint: Checkpoint, keep: int) -> Path:
         "step": checkpoint.step,
         "inputs": dict(checkpoint.inputs),
         "scaler": dict(checkpoint.scaler),
+        "micro_batch_tokens": checkpoint.micro_batch_tokens,
         "files": {name: sha256_file(temporary / name) for name in (_WEIGHTS, _OPTIMIZER)},
     }
     (temporary / _MARKER).write_text(json.dumps(marker, indent=2))
     for path in (*temporary.iterdir(), temporary):
-        _sync(path)
+        sync(path)
     shutil.rmtree(final, ignore_errors=True)
     temporary.rename(final)
-    _sync(directory)
-    for old in _all(directory)[keep:]:
+    sync(directory)
+    kept = _kept(directory, final, keep)
+    kept += [_path(directory, best_step)] if best_step is not None else []
+    for old in set(_all(directory)) - set(kept):
         shutil.rmtree(old)
     return final
+
+
+def discard(directory: Path) -> None:
+    """Removes all checkpoints, whole or torn, and nothing else."""
+    for path in (*directory.glob("step-*"), *directory.glob(".step-*.tmp")):
+        shutil.rmtree(path)
+    if directory.is_dir() and not any(directory.iterdir()):
+        directory.rmdir()
 
 
 def newest(directory: Path) -> Path | None:
     """Returns the newest checkpoint whose files all match their hashes, or None."""
     return next((path for path in _all(directory) if _is_whole(path)), None)
+
+
+def of_step(directory: Path, step: int) -> Path:
+    """Returns that step's checkpoint. Raises CheckpointError where it is not there whole."""
+    path = _path(directory, step)
+    if not _is_whole(path):
+        raise CheckpointError(f"{path}, the best by validation, is gone or torn; train again with --fresh")
+    return path
 
 
 def load(path: Path, inputs: Mapping[str, str]) -> Checkpoint:
@@ -81,7 +101,17 @@ def load(path: Path, inputs: Mapping[str, str]) -> Checkpoint:
         )
     optimizer = torch.load(path / _OPTIMIZER, weights_only=True, map_location="cpu")
     weights = load_file(path / _WEIGHTS)
-    return Checkpoint(marker["step"], marker["inputs"], weights, optimizer, marker["scaler"])
+    budget = marker.get("micro_batch_tokens")
+    return Checkpoint(marker["step"], marker["inputs"], weights, optimizer, marker["scaler"], budget)
+
+
+def _kept(directory: Path, saved: Path, keep: int) -> list[Path]:
+    """Later steps than the saved one are torn, or it would have resumed from them."""
+    return [path for path in _all(directory) if path.name <= saved.name][:keep]
+
+
+def _path(directory: Path, step: int) -> Path:
+    return directory / f"step-{step:06d}"
 
 
 def _all(directory: Path) -> list[Path]:
@@ -97,7 +127,8 @@ def _is_whole(path: Path) -> bool:
         return False
 
 
-def _sync(path: Path) -> None:
+def sync(path: Path) -> None:
+    """Has the disk hold what was written to a file or directory."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

@@ -14,6 +14,7 @@ from pydantic.fields import FieldInfo
 
 from training.errors import TrainingError
 from training.fields import UNSET, allowed, options, suggest, wants_text
+from training.llamafactory import SUFFIXES, read_llamafactory
 
 RECIPES = Path(__file__).parent / "recipes"
 _NAME = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$"
@@ -87,16 +88,25 @@ class OptimConfig(_Section):
     optimizer: Literal["adamw", "paged_adamw_8bit"] = Field(
         default="adamw", description="paged_adamw_8bit needs a CUDA device"
     )
+    neftune_alpha: float | None = Field(
+        default=None, gt=0, le=1000, description="noise on the embeddings while training (NEFTune); unset: none"
+    )
 
 
 class RunConfig(_Section):
     name: str = Field(pattern=_NAME, description="the model name under which the adapter is served; not `base`")
     seed: int = Field(default=42, ge=0, le=2**32 - 1, description="of LoRA's start, dropout and the row order")
-    log_every: int = Field(default=10, ge=1, description="optimizer steps between log records")
+    log_every: int = Field(default=10, ge=1, description="optimizer steps between progress lines; each is logged")
     save_every: int = Field(default=100, ge=1, description="optimizer steps between checkpoints")
     eval_every: int = Field(default=100, ge=1, description="optimizer steps between validation NLLs")
     eval_rows: int = Field(default=100, ge=0, description="held-out rows of a validation NLL at most; 0: none")
-    keep_checkpoints: int = Field(default=2, ge=1, le=1000, description="newest checkpoints kept")
+    keep_checkpoints: int = Field(default=2, ge=1, le=1000, description="newest checkpoints kept, beside the best")
+    early_stopping_patience: int | None = Field(
+        default=None, ge=1, description="validations without a lower NLL that end the run, its best kept; unset: none"
+    )
+    trackers: Annotated[tuple[str, ...], Field(strict=False)] = Field(
+        default=(), description="where else to log, by accelerate's names, such as tensorboard"
+    )
     gradient_checkpointing: Literal["auto", "on", "off"] = Field(
         default="auto", description="recompute activations to save memory; auto: when the device needs it"
     )
@@ -126,6 +136,16 @@ class TrainConfig(_Section):
             )
         return self
 
+    @model_validator(mode="after")
+    def _early_stopping_has_rows(self) -> TrainConfig:
+        patience, rows, held_out = self.run.early_stopping_patience, self.run.eval_rows, self.data.held_out
+        if patience and not (rows and held_out):
+            raise ValueError(
+                f"run.early_stopping_patience = {patience} needs held-out rows, but data.held_out = {held_out} "
+                f"and run.eval_rows = {rows}; raise both above 0, or unset it"
+            )
+        return self
+
 
 def cache_dir() -> Path:
     """Returns where converted models are kept: GRAFT_CACHE, or .cache/graft under the current folder."""
@@ -138,15 +158,14 @@ def no_color() -> bool:
 
 
 def load_recipe(path_or_name: str | Path, overrides: Sequence[str] = ()) -> TrainConfig:
-    """Returns the recipe of a TOML file, or of a bare name in training/recipes/, with `--section.key value` overrides.
+    """Returns the recipe of a TOML file, a bare name in training/recipes/, or LLaMA-Factory's YAML or JSON form.
+
+    `overrides` are `--section.key value` words.
 
     Raises ConfigError for an unknown recipe, section or key (with a suggestion) and for a value out of range.
     """
     path = _find(path_or_name)
-    try:
-        sections = tomllib.loads(path.read_text(encoding="utf-8"))
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{path}: not TOML: {error}") from error
+    sections = read_llamafactory(path) if path.suffix in SUFFIXES else _read_toml(path)
     for dotted, value in _parse_overrides(overrides):
         section, key = _known(dotted)
         table = sections.setdefault(section, {})
@@ -154,6 +173,13 @@ def load_recipe(path_or_name: str | Path, overrides: Sequence[str] = ()) -> Trai
             raise ConfigError(f"{path}: {section} = {table!r} must be a table, [{section}]")
         table[key] = value
     return _validate(sections, path)
+
+
+def _read_toml(path: Path) -> dict[str, Any]:
+    try:
+        return tomllib.loads(path.read_text(encoding="utf-8"))
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path}: not TOML: {error}") from error
 
 
 def resolved_toml(config: TrainConfig) -> str:

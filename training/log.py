@@ -21,11 +21,12 @@ class StepRecord:
     epoch: float
     nll_nats: float
     learning_rate: float
-    grad_norm: float
+    grad_norm: float | None  # None where fp16's scaler overflowed
     tokens: int
     labelled_tokens: int
     tokens_per_s: float
     peak_gib: float
+    overflows: int = 0  # 1: fp16's scaler overflowed, and the update was skipped
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,7 +45,9 @@ class TrainLog:
         self.lines: list[dict[str, Any]] = []
         if path is not None:
             self.lines = [line for line in read_log(path) if resume_step and line["step"] <= resume_step]
-            path.write_text("".join(json.dumps(line) + "\n" for line in self.lines), encoding="utf-8")
+            kept = path.with_suffix(".tmp")
+            kept.write_text("".join(json.dumps(line) + "\n" for line in self.lines), encoding="utf-8")
+            kept.replace(path)
 
     def add(self, record: StepRecord | ValidationRecord) -> None:
         line = asdict(record)
@@ -59,9 +62,18 @@ class TrainLog:
     def validation(self) -> list[tuple[int, float]]:
         return [(line["step"], line["validation_nll_nats"]) for line in self.lines if "validation_nll_nats" in line]
 
+    def best(self) -> tuple[int, float] | None:
+        """Returns (step, NLL) of the lowest validation NLL, the earliest of equals; None before the first step's."""
+        return min((pair for pair in self.validation() if pair[0]), key=lambda pair: pair[1], default=None)
+
+    def stale(self) -> int:
+        """Returns how many validations in a row stand at the end without a new lowest NLL."""
+        best = self.best()
+        return sum(step > best[0] for step, _ in self.validation()) if best else 0
+
 
 class Progress:
-    """Prints where a run stands: step, loss, tokens/s, ETA; in place on a terminal, else one line at a time."""
+    """Prints where a run stands, a line a step: step, loss, tokens/s, ETA."""
 
     def __init__(self, total: int, done: int = 0, out: TextIO | None = None) -> None:
         self.total, self.first, self.out = total, done, out or sys.stderr

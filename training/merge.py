@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,7 +14,14 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from training.artifact import ADAPTER_CONFIG, ADAPTER_WEIGHTS, AdapterManifest, fingerprint_base, verify_adapter
+from training.artifact import (
+    ADAPTER_CONFIG,
+    ADAPTER_WEIGHTS,
+    CERTIFICATE_NAME,
+    MergeCertificate,
+    fingerprint_base,
+    verify_adapter,
+)
 from training.errors import TrainingError
 
 _PREFIX = "base_model.model."
@@ -58,10 +65,13 @@ def read_deltas(adapter_dir: Path) -> Deltas:
     return Deltas(halves["lora_A"], halves["lora_B"], scale)
 
 
-def merge(adapter_dir: Path, base_dir: Path, out: Path, dtype: torch.dtype | None = None) -> AdapterManifest:
-    """Writes the merged model to `out` whole or not at all, in `dtype` or each weight's own; returns the manifest.
+def merge(
+    adapter_dir: Path, base_dir: Path, out: Path, dtype: torch.dtype | None, certify: Callable[[Path], MergeCertificate]
+) -> MergeCertificate:
+    """Writes the merged model in `dtype`, or each weight's own, and has it certified; `out` changes only if it passed.
 
-    Holds one shard in memory at a time. Raises ArtifactError or MergeError where adapter and base do not fit.
+    Holds one shard in memory at a time. Raises ArtifactError or MergeError where adapter and base do not fit, and where
+    `out` holds anything but an earlier merge.
     """
     manifest = verify_adapter(adapter_dir)
     if fingerprint_base(base_dir) != manifest.base.fingerprint:
@@ -69,18 +79,25 @@ def merge(adapter_dir: Path, base_dir: Path, out: Path, dtype: torch.dtype | Non
             f"{base_dir} is not the base of {adapter_dir}: its fingerprint is not "
             f"{manifest.base.fingerprint[:12]} ({manifest.base.model}); give that model's directory with --base"
         )
+    if out.exists() and not (out / CERTIFICATE_NAME).is_file() and (not out.is_dir() or any(out.iterdir())):
+        raise MergeError(f"--out {out} holds something that is no earlier merge; give another directory")
     temporary = out.with_name(out.name + ".tmp")
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)
-    left = _merge_shards(read_deltas(adapter_dir), base_dir, temporary, dtype)
-    if left:
-        raise MergeError(
-            f"the base has no weight for {len(left)} of the adapter's modules: {', '.join(sorted(left)[:3])}"
-        )
-    _copy_rest(adapter_dir, base_dir, temporary, dtype)
-    shutil.rmtree(out, ignore_errors=True)
-    temporary.rename(out)
-    return manifest
+    try:
+        left = _merge_shards(read_deltas(adapter_dir), base_dir, temporary, dtype)
+        if left:
+            raise MergeError(
+                f"the base has no weight for {len(left)} of the adapter's modules: {', '.join(sorted(left)[:3])}"
+            )
+        _copy_rest(adapter_dir, base_dir, temporary, dtype)
+        certificate = certify(temporary)
+        if certificate.passed:
+            shutil.rmtree(out, ignore_errors=True)
+            temporary.rename(out)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+    return certificate
 
 
 def _merge_shards(deltas: Deltas, base_dir: Path, out: Path, dtype: torch.dtype | None) -> set[str]:

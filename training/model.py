@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Any
 
 import peft
 import torch
+from peft.tuners.tuners_utils import BaseTunerLayer
 from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 
 from training import attention
@@ -14,6 +16,7 @@ from training.batch import Pack, targets
 from training.config import LoraConfig
 from training.errors import TrainingError
 from training.loss import nll_sum
+from training.neftune import add_noise
 
 
 class ModelError(TrainingError):
@@ -52,13 +55,32 @@ def load_base(directory: Path, quantisation: str, dtype: torch.dtype, device: to
     )
     refuse_unsupported(model.config)
     model.config.use_cache = False
-    return model.requires_grad_(False)
+    model.requires_grad_(False)
+    _check_loss(model)
+    return model
+
+
+@torch.no_grad()
+def _check_loss(model: Any) -> None:
+    """Raises ModelError where hidden states times the head are not the logits: scaled, biased or capped ones."""
+    ids = torch.arange(1, 9, device=model.device)
+    row = Pack(ids, ids, torch.arange(8, device=model.device), (8,))
+    ours = float(PackLoss(model.eval())(row))
+    logits = model(input_ids=ids[None], use_cache=False).logits[0].float()
+    theirs = float(torch.nn.functional.cross_entropy(logits[:-1], ids[1:], reduction="sum"))
+    if not math.isclose(ours, theirs, rel_tol=2e-2):
+        raise ModelError(
+            f"{model.config.model_type}: the loss computed here ({ours:.3f} nats over 7 tokens) is not the model's own "
+            f"({theirs:.3f}): its output head does more than a product; choose another model"
+        )
 
 
 def refuse_unsupported(config: Any) -> None:
     """Raises ModelError for models whose loss or attention this trainer would compute wrongly."""
     if getattr(config, "final_logit_softcapping", None) or getattr(config, "attn_logit_softcapping", None):
         raise ModelError(f"{config.model_type}: logit soft-capping is not supported; choose a model without it")
+    if getattr(config, "attention_dropout", 0):
+        raise ModelError(f"{config.model_type}: attention dropout is not supported; set it to 0 in config.json")
     window = getattr(config, "sliding_window", None)
     if window and getattr(config, "use_sliding_window", True):
         raise ModelError(
@@ -71,7 +93,7 @@ def add_lora(model: Any, lora: LoraConfig, seed: int) -> Any:
     torch.manual_seed(seed)
     wanted = lora.target_modules if isinstance(lora.target_modules, str) else list(lora.target_modules)
     try:
-        return peft.get_peft_model(
+        adapted = peft.get_peft_model(
             model,
             peft.LoraConfig(
                 r=lora.rank,
@@ -85,6 +107,13 @@ def add_lora(model: Any, lora: LoraConfig, seed: int) -> Any:
         )
     except ValueError as error:
         raise ModelError(f"lora.target_modules = {wanted!r}: {error}") from error
+    base = adapted.get_base_model()
+    if any(isinstance(part, BaseTunerLayer) for part in (base.get_output_embeddings(), base.get_input_embeddings())):
+        raise ModelError(
+            f"lora.target_modules = {wanted!r} takes in the embedding or the output head, which serving engines cannot "
+            "adapt per request; leave them out, or use 'all-linear'"
+        )
+    return adapted
 
 
 def use_checkpointing(model: Any) -> None:
@@ -96,9 +125,10 @@ def use_checkpointing(model: Any) -> None:
 class PackLoss(torch.nn.Module):
     """The peft model as a function from a pack to its summed NLL, so that DDP sees one forward."""
 
-    def __init__(self, model: Any) -> None:
+    def __init__(self, model: Any, neftune_alpha: float | None = None) -> None:
         super().__init__()
         self.model = model
+        self.neftune_alpha = neftune_alpha
 
     def forward(self, pack: Pack) -> torch.Tensor:
         """Returns the summed NLL in nats, fp32 scalar."""
@@ -109,7 +139,7 @@ class PackLoss(torch.nn.Module):
         hidden_1TD: torch.Tensor = (
             self._causal()
             .get_decoder()(
-                input_ids=pack.input_ids_T[None],
+                **self._inputs(pack),
                 position_ids=pack.position_ids_T[None],
                 row_lengths=pack.row_lengths,
                 use_cache=False,
@@ -117,6 +147,12 @@ class PackLoss(torch.nn.Module):
             .last_hidden_state
         )
         return hidden_1TD[0]
+
+    def _inputs(self, pack: Pack) -> dict[str, torch.Tensor]:
+        if self.neftune_alpha is None or not self.training:
+            return {"input_ids": pack.input_ids_T[None]}
+        embeddings_TD = self._causal().get_input_embeddings()(pack.input_ids_T[None])[0]
+        return {"inputs_embeds": add_noise(embeddings_TD, pack.row_lengths, self.neftune_alpha)[None]}
 
     def _causal(self) -> Any:
         return self.model.get_base_model() if isinstance(self.model, peft.PeftModel) else self.model

@@ -25,6 +25,7 @@ class Prepared:
     validation: tuple[TrainExample, ...]
     held_out: tuple[Conversation, ...]
     facts: DataSection
+    train_numbers: tuple[int, ...]  # of the training rows in their data set, 1-based
 
 
 def system_prompt(tokenizer: Any, data: DataConfig) -> str | None:
@@ -53,7 +54,8 @@ def prepare(tokenizer: Any, data: DataConfig, eval_rows: int, *, quiet: bool = F
         tokens_lost=sum(example.lost_tokens for example in examples),
         split_rule=SPLIT_RULE,
     )
-    return Prepared(examples, _render_all(tokenizer, held_out[:eval_rows], data), held_out, facts)
+    numbers = tuple(conversation.number for conversation in train)
+    return Prepared(examples, _render_all(tokenizer, held_out[:eval_rows], data), held_out, facts, numbers)
 
 
 def _warn_of_leakage(train: Sequence[Conversation], held_out: Sequence[Conversation]) -> None:

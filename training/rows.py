@@ -185,7 +185,7 @@ def _turn(turn: Any, where: str, layout: ChatLayout) -> Message:
     for key in _UNSUPPORTED_TURN:
         if turn.get(key):
             raise _Fault(f"{where}.{key}", "tool calls are not supported")
-    if turn.get("weight", 1) != 1:
+    if turn.get("weight") not in (None, 1):  # Parquet and the hub fill in None
         raise _Fault(f"{where}.weight", f"is {turn['weight']!r}; only 1 is supported: every reply is trained")
     name = turn[form[0]]
     role = layout.roles.get(name) if isinstance(name, str) else None

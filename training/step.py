@@ -5,16 +5,21 @@ from __future__ import annotations
 import hashlib
 import json
 import resource
+import sys
 import time
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import torch
 
+from training.bad_batch import require_finite
 from training.batch import Pack, pack_rows, rank_share, step_rows
+from training.budget import within_memory
 from training.chat import IGNORED_LABEL, TrainExample
 from training.log import StepRecord
+from training.model import PackLoss
 from training.run import Run
 from training.schedule import learning_rate
 
@@ -26,38 +31,56 @@ def optimizer_step(run: Run, step: int) -> StepRecord:
     rows = step_rows(len(run.data.train), optim.batch_size, run.config.run.seed, step)
     examples = [run.data.train[index] for index in rows]
     labelled = sum(example.labelled for example in examples)
-    torch.manual_seed(_step_seed(run.config.run.seed, step, accelerator.process_index))
     rate = learning_rate(step, run.total, optim)
     for group in run.optimizer.param_groups:
         group["lr"] = rate
     run.loss.train()
-    nll_nats = _backward(run, _my_packs(run, examples), labelled)
-    norm = accelerator.clip_grad_norm_(run.loss.parameters(), optim.max_grad_norm)
-    run.optimizer.step()
-    run.optimizer.zero_grad()
+    mine = _my_rows(run, examples)
+
+    def attempt(budget: int) -> float:
+        run.optimizer.zero_grad()
+        torch.manual_seed(_step_seed(run.config.run.seed, step, accelerator.process_index))
+        return _backward(run, pack_rows(mine, budget), labelled)
+
+    nll_nats = within_memory(run, mine, attempt)
+    norm = float(accelerator.clip_grad_norm_(run.loss.parameters(), optim.max_grad_norm))
+    require_finite(run, step + 1, rows, nll_nats, norm)
+    skipped = _update(run, step + 1)
     tokens = sum(len(example.input_ids) for example in examples)
     return StepRecord(
         step=step + 1,
-        epoch=round((step + 1) * optim.batch_size / len(run.data.train), 4),
+        epoch=round((step + 1) / -(-len(run.data.train) // optim.batch_size), 4),
         nll_nats=nll_nats / labelled,
         learning_rate=rate,
-        grad_norm=float(norm),
+        grad_norm=None if skipped else norm,
         tokens=tokens,
         labelled_tokens=labelled,
         tokens_per_s=tokens / (time.monotonic() - begun),
         peak_gib=peak_gib(accelerator.device),
+        overflows=int(skipped),
     )
 
 
-def _my_packs(run: Run, examples: list[TrainExample]) -> list[Pack]:
-    """This process's share of the step, at least one pack: DDP waits for a backward pass from every process."""
+def _update(run: Run, step: int) -> bool:
+    """Returns whether fp16's scaler found an overflow and skipped the update."""
+    run.optimizer.step()
+    run.optimizer.zero_grad()
+    skipped = bool(run.optimizer.step_was_skipped)
+    if skipped and run.accelerator.is_main_process:
+        scale = run.accelerator.scaler.get_scale()
+        print(f"step {step}: fp16 overflow, no update; the loss scale is now {scale:g}", file=sys.stderr, flush=True)
+    return skipped
+
+
+def _my_rows(run: Run, examples: list[TrainExample]) -> list[TrainExample]:
+    """This process's share of the step, at least one row: DDP waits for a backward pass from every process."""
     accelerator = run.accelerator
     mine = [
         examples[at] for at in rank_share(range(len(examples)), accelerator.process_index, accelerator.num_processes)
     ]
     if not mine:
         mine = [replace(examples[0], labels=(IGNORED_LABEL,) * len(examples[0].input_ids))]
-    return pack_rows(mine, run.config.optim.micro_batch_tokens)
+    return mine
 
 
 def _backward(run: Run, packs: list[Pack], labelled: int) -> float:
@@ -80,15 +103,22 @@ def validation_nll(run: Run) -> float | None:
     if not run.data.validation:
         return None
     accelerator = run.accelerator
-    run.loss.eval()
-    sums = torch.zeros(2, dtype=torch.float64, device=accelerator.device)
-    mine = rank_share(range(len(run.data.validation)), accelerator.process_index, accelerator.num_processes)
-    for pack in pack_rows([run.data.validation[at] for at in mine], run.config.optim.micro_batch_tokens):
-        with accelerator.autocast():
-            sums[0] += run.loss(pack.to(accelerator.device))
-        sums[1] += pack.labelled
+    network = accelerator.unwrap_model(run.loss).eval()  # DDP's own forward waits for ranks that may have no rows
+    share = rank_share(range(len(run.data.validation)), accelerator.process_index, accelerator.num_processes)
+    mine = [run.data.validation[at] for at in share]
+    sums = within_memory(run, mine, lambda budget: _nll_and_labelled(run, network, pack_rows(mine, budget)))
     nll, labelled = accelerator.reduce(sums, "sum").tolist()
     return float(nll / labelled)
+
+
+def _nll_and_labelled(run: Run, network: PackLoss, packs: list[Pack]) -> torch.Tensor:
+    """Returns the packs' summed NLL in nats and their labelled tokens, fp64 [2]."""
+    sums = torch.zeros(2, dtype=torch.float64, device=run.accelerator.device)
+    for pack in packs:
+        with run.accelerator.autocast():
+            sums[0] += network(pack.to(run.accelerator.device))
+        sums[1] += pack.labelled
+    return sums
 
 
 def _step_seed(seed: int, step: int, rank: int) -> int:
@@ -99,4 +129,7 @@ def peak_gib(device: torch.device) -> float:
     """Peak memory of this process: allocated on its GPU, else resident."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**30
+    status = Path("/proc/self/status")
+    if status.is_file():  # Linux; its ru_maxrss counts the parent's peak too
+        return int(status.read_text().partition("VmHWM:")[2].split()[0]) / 2**20
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20

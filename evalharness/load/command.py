@@ -39,6 +39,7 @@ def add_parser(subparsers: Any) -> None:
         "--max-error-share", type=float, default=0.01, help="exit 1 above this share of failed requests"
     )
     parser.add_argument("--allow-remote", action="store_true", help="load a host other than this machine")
+    parser.add_argument("--api-key-env", metavar="NAME", help="the environment variable that holds the server's key")
     parser.set_defaults(func=load)
 
 
@@ -81,18 +82,16 @@ def _run(plan: LoadPlan) -> bool:
 def _notes(plan: LoadPlan, rows: Sequence[LoadRow], completed: bool) -> tuple[str, ...]:
     notes = [] if completed else ["Interrupted: the numbers cover the time until then."]
     for row in rows:
+        name = f"{plan.name(row.scenario)}/{plan.name(row.arm)}"
         if row.without_usage:
-            notes.append(
-                f"{row.scenario}/{row.arm}: {row.without_usage} replies reported no usage, so there is no tok/s."
-            )
+            notes.append(f"{name}: {row.without_usage} replies reported no usage, so there is no tok/s.")
         if row.without_content:
-            notes.append(f"{row.scenario}/{row.arm}: {row.without_content} replies were empty and have no TTFT.")
+            notes.append(f"{name}: {row.without_content} replies were empty and have no TTFT.")
     for scenario in plan.scenarios:
         log = plan.out / f"{scenario.file_stem}.log"
         if log.is_file() and CPU_WARNING in log.read_text(encoding="utf-8", errors="replace"):
-            notes.append(
-                f"{scenario.name}: locust itself used a whole core, so latencies may be too high; use fewer users."
-            )
+            name = plan.name(scenario.name)
+            notes.append(f"{name}: locust itself used a whole core, so latencies may be too high; use fewer users.")
     return tuple(notes)
 
 

@@ -10,7 +10,9 @@ from typing import Any
 import gevent  # type: ignore[import-untyped]
 from locust import User, events  # before httpx: importing locust makes sockets cooperative
 
-from evalharness.load.prompts import PromptsRefused, load_prompts
+from evalharness.config import api_key
+from evalharness.errors import EvalError
+from evalharness.load.prompts import load_prompts
 from evalharness.load.run import LoadRun
 from evalharness.load.sample import SAMPLES_NAME, SampleStatus
 from evalharness.load.stream import PATH, StreamWatch, ask, chat_body, open_client
@@ -58,7 +60,7 @@ class ChatUser(User):  # type: ignore[misc]  # locust has no types here
         self.run_state: LoadRun = self.environment.load_run
         self.max_tokens: int = self.environment.parsed_options.max_tokens
         host = (self.host or self.environment.host or "").rstrip("/").removesuffix(PATH).removesuffix("/v1")
-        self.client = open_client(host, self.run_state.tls)
+        self.client = open_client(host, self.run_state.tls, self.run_state.api_key)
 
     def on_stop(self) -> None:
         self.client.close()
@@ -74,6 +76,7 @@ def add_arguments(parser: Any) -> None:
     group.add_argument("--prompts", default=None, help="one prompt a line, or .jsonl with messages")
     group.add_argument("--max-tokens", type=int, default=64, help="most tokens of a reply")
     group.add_argument("--rate", type=float, default=None, help="open loop: arrivals a second; closed without it")
+    group.add_argument("--api-key-env", default=None, help="environment variable that holds the server's key")
 
 
 def open_run(environment: Any, **_: Any) -> None:
@@ -81,9 +84,11 @@ def open_run(environment: Any, **_: Any) -> None:
     options = environment.parsed_options
     try:
         chats = load_prompts(None if options.prompts is None else Path(options.prompts))
-    except PromptsRefused as error:
+        key = api_key(options.api_key_env)
+    except EvalError as error:
         raise SystemExit(str(error)) from error  # locust only logs other exceptions, and goes on
-    environment.load_run = LoadRun(options.scenario, options.arm, chats, Path(options.samples), rate=options.rate)
+    samples = Path(options.samples)
+    environment.load_run = LoadRun(options.scenario, options.arm, chats, samples, rate=options.rate, api_key=key)
     # The event loop's clock stood still while modules loaded: --run-time would end early by as much.
     gevent.get_hub().loop.update_now()
 

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import argparse
-import ipaddress
 import math
 from dataclasses import dataclass
 from pathlib import Path
 from urllib.parse import quote, urlsplit
 
-from evalharness.client import normalise_url
+from evalharness.arms import arm_labels
+from evalharness.client import is_loopback, normalise_url
 from evalharness.errors import EvalError
 from evalharness.load.prompts import load_prompts
 
@@ -32,7 +32,7 @@ class Scenario:
     @property
     def file_stem(self) -> str:
         """Of locust's own files; a model's name may have slashes."""
-        return f"locust_{quote(self.name, safe='')}"
+        return f"locust_{quote(self.name, safe='@')}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,11 +48,17 @@ class LoadPlan:
     max_tokens: int
     rate: float | None  # open loop: arrivals a second; None is a closed loop
     max_error_share: float
+    api_key_env: str | None  # the variable's name; its value is read where it is sent
 
     @property
     def scenarios(self) -> tuple[Scenario, ...]:
         alone = tuple(Scenario(arm, (arm,)) for arm in self.arms)
         return (*alone, Scenario(MIXED, self.arms)) if self.mixed else alone
+
+    def name(self, arm: str) -> str:
+        """Returns what a reader calls an arm, or a scenario."""
+        labels = arm_labels(self.arms)
+        return labels[arm].name if arm in labels else arm
 
 
 def plan_from(args: argparse.Namespace) -> LoadPlan:
@@ -76,13 +82,14 @@ def plan_from(args: argparse.Namespace) -> LoadPlan:
         max_tokens=args.max_tokens,
         rate=args.rate,
         max_error_share=args.max_error_share,
+        api_key_env=args.api_key_env,
     )
 
 
 def _check_arms(arms: list[str], mixed: bool) -> None:
     taken = {MIXED, ALL_ARMS} if mixed else set()
-    for arm in arms:
-        if not arm or arm in taken:
+    for arm, label in arm_labels(arms).items():
+        if not arm or label.name in taken:
             raise LoadRefused(
                 f"--arm {arm!r}: is empty, or names the mixed scenario; serve the model under another name"
             )
@@ -110,15 +117,6 @@ def _checked_url(url: str, allow_remote: bool) -> str:
         root, host, _ = normalise_url(url), urlsplit(url).hostname or "", urlsplit(url).port
     except ValueError as error:
         raise LoadRefused(f"--url {url}: {error}") from error
-    if not allow_remote and not _is_loopback(host):
+    if not allow_remote and not is_loopback(host):
         raise LoadRefused(f"--url {url}: {host} is not this machine; add --allow-remote if you may load it")
     return root
-
-
-def _is_loopback(host: str) -> bool:
-    if host == "localhost":
-        return True
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return False

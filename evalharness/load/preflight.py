@@ -2,52 +2,38 @@
 
 from __future__ import annotations
 
+import asyncio
 import ssl
 
 import httpx
-from pydantic import BaseModel, ValidationError
 
+from evalharness.client import Client
+from evalharness.config import api_key
 from evalharness.load.plan import LoadPlan, LoadRefused
 from evalharness.load.prompts import load_prompts
 from evalharness.load.sample import SampleStatus
 from evalharness.load.stream import StreamWatch, ask, chat_body, open_client
+from evalharness.revisions import served_revisions
 
-
-class _Model(BaseModel):
-    id: str
-
-
-class _ModelList(BaseModel):
-    data: list[_Model]
+LOOK_UP_TIMEOUT_S = 30.0
 
 
 def check_server(plan: LoadPlan) -> None:
     """Sends each arm one request, so that the first arm measured does not pay for waking the server.
 
-    Raises LoadRefused naming the flag to change.
+    Raises EvalError naming the flag to change.
     """
-    with open_client(plan.url, ssl.create_default_context()) as client:
-        served = _served(client, plan.url)
-        for arm in plan.arms:
-            if arm not in served:
-                raise LoadRefused(f"--arm {arm}: not served at {plan.url}; it serves {', '.join(served) or 'nothing'}")
+    key = api_key(plan.api_key_env)
+    tls = ssl.create_default_context()
+    asyncio.run(_look_up(plan, key, tls))
+    with open_client(plan.url, tls, key) as client:
         for arm in plan.arms:
             _warm_up(client, arm, plan)
 
 
-def _served(client: httpx.Client, url: str) -> list[str]:
-    try:
-        response = client.get("/v1/models")
-        response.raise_for_status()
-        return [model.id for model in _ModelList.model_validate_json(response.content).data]
-    except httpx.HTTPStatusError as error:
-        raise LoadRefused(
-            f"--url {url}: /v1/models answered {error.response.status_code}; is it the right server?"
-        ) from error
-    except httpx.RequestError as error:
-        raise LoadRefused(f"--url {url}: cannot be reached ({error}); start the server or correct the URL") from error
-    except ValidationError as error:
-        raise LoadRefused(f"--url {url}: /v1/models is not OpenAI's list; is it the right server?") from error
+async def _look_up(plan: LoadPlan, key: str | None, tls: ssl.SSLContext) -> None:
+    async with Client(plan.url, timeout_s=LOOK_UP_TIMEOUT_S, api_key=key, verify=tls) as client:
+        await served_revisions(client, plan.arms)
 
 
 def _warm_up(client: httpx.Client, arm: str, plan: LoadPlan) -> None:

@@ -63,6 +63,8 @@ def _command(plan: LoadPlan, scenario: Scenario) -> list[str]:
     }
     if plan.rate is not None:
         options["--rate"] = plan.rate
+    if plan.api_key_env is not None:
+        options["--api-key-env"] = plan.api_key_env
     if plan.prompts is not None:
         options["--prompts"] = plan.prompts
     flags = [f"{flag}={value}" for flag, value in options.items()]

@@ -108,8 +108,8 @@ def as_html(report: LoadReport) -> str:
 def tabulate(report: LoadReport) -> tuple[list[str], list[list[str]]]:
     """Returns the table's header and rows; the columns from arrival stand only in an open loop's table."""
     columns: dict[str, Callable[[LoadRow], str]] = {
-        "scenario": lambda row: row.scenario,
-        "arm": lambda row: row.arm,
+        "scenario": lambda row: report.plan.name(row.scenario),
+        "arm": lambda row: report.plan.name(row.arm),
         "requests": lambda row: str(row.requests),
         "errors": _errors,
         "req/s": lambda row: _number(row.requests_per_s),
@@ -153,7 +153,8 @@ def _charts(report: LoadReport) -> list[tuple[str, Markup]]:
         for sample in report.samples:
             seconds = value(sample) if sample.status is SampleStatus.OK else None
             if seconds is not None:
-                name = f"{MIXED}: {sample.arm}" if sample.scenario == MIXED else sample.arm
+                arm = report.plan.name(sample.arm)
+                name = f"{MIXED}: {arm}" if sample.scenario == MIXED else arm
                 series.setdefault(name, []).append(seconds)
         if svg := ecdf_svg(series, f"{title.lower()}, seconds; share of requests at most so slow"):
             charts.append((title, Markup(svg)))  # ecdf_svg escapes its names
@@ -161,15 +162,15 @@ def _charts(report: LoadReport) -> list[tuple[str, Markup]]:
 
 
 def _locust_reports(plan: LoadPlan) -> list[tuple[str, str]]:
-    files = {scenario.name: f"{scenario.file_stem}.html" for scenario in plan.scenarios}
+    files = {plan.name(scenario.name): f"{scenario.file_stem}.html" for scenario in plan.scenarios}
     return [(name, quote(file)) for name, file in files.items() if (plan.out / file).is_file()]
 
 
 def _setup(plan: LoadPlan) -> str:
     arrival = "a closed loop" if plan.rate is None else f"an open loop of {plan.rate:g} arrivals/s (Poisson)"
     return (
-        f"{plan.url}: {plan.users} streaming users in {arrival}, {plan.seconds} s a scenario, "
-        f"at most {plan.max_tokens} tokens a reply, greedy."
+        f"{', '.join(plan.arms)} at {plan.url}: {plan.users} streaming users in {arrival}, "
+        f"{plan.seconds} s a scenario, at most {plan.max_tokens} tokens a reply, greedy."
     )
 
 

@@ -34,9 +34,11 @@ class LoadRun:
         samples: Path,
         *,
         rate: float | None = None,
+        api_key: str | None = None,
         clock: Callable[[], float] = time.perf_counter,
     ) -> None:
         self.scenario, self.arms, self.chats, self.rate = scenario, tuple(arms), tuple(chats), rate
+        self.api_key = api_key
         self.tls = ssl.create_default_context()  # one for all users: making it takes longer than a request
         self.stopping = threading.Event()
         self._clock, self._epoch = clock, time.time() - clock()

@@ -142,10 +142,11 @@ def ask(client: httpx.Client, body: Mapping[str, Any], watch: StreamWatch) -> No
         watch.fail(SampleStatus.CONNECTION, f"{type(error).__name__}: {error}")
 
 
-def open_client(url: str, verify: ssl.SSLContext) -> httpx.Client:
+def open_client(url: str, verify: ssl.SSLContext, api_key: str | None = None) -> httpx.Client:
     """Returns the one persistent connection of a user. Proxies are left out: they would be part of the measurement."""
     return httpx.Client(
         base_url=url,
+        headers={"authorization": f"Bearer {api_key}"} if api_key else {},
         timeout=httpx.Timeout(SILENCE_TIMEOUT_S, connect=CONNECT_TIMEOUT_S),
         limits=httpx.Limits(max_connections=1, max_keepalive_connections=1, keepalive_expiry=KEEPALIVE_S),
         verify=verify,

@@ -6,18 +6,21 @@ import enum
 import tempfile
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TextIO
 
 from evalharness.metrics.bleu import Bleu, corpus_bleu
 from evalharness.metrics.chrf import Chrf, corpus_chrf
 from evalharness.metrics.language import Script, length_words, script_of
 from evalharness.metrics.rouge import SIGNATURE as ROUGE_SIGNATURE
 from evalharness.metrics.rouge import Rouge
+from evalharness.progress import Progress
 from evalharness.statistics import Aggregate, mean, perplexity
 
 ROUGE_LABELS = {"rouge_1": "ROUGE-1", "rouge_2": "ROUGE-2", "rouge_l": "ROUGE-L"}
 CHINESE = frozenset({Script.CJK})
 ALL = frozenset(Script)
+SCORERS = 3  # ROUGE, BLEU and chrF each see every reply once
+CHUNK_REPLIES = 50  # scored between two looks at the clock
 
 
 class Better(enum.Enum):
@@ -62,9 +65,11 @@ class Measure:
         return script_of(reference) in self.scripts
 
 
-def measures(replies: Sequence[Completion], nlls: Sequence[Nll]) -> list[Measure]:
+def measures(replies: Sequence[Completion], nlls: Sequence[Nll], out: TextIO | None = None) -> list[Measure]:
     """Returns every measure, in the report's order; one without samples has empty statistics."""
-    return [_perplexity(nlls), *_rouge(replies), *_bleu(replies), _chrf(replies), _length(replies)]
+    progress = Progress("metrics", SCORERS * len(replies), out)
+    scored = [*_rouge(replies, progress), *_bleu(replies, progress), _chrf(replies, progress)]
+    return [_perplexity(nlls), *scored, _length(replies)]
 
 
 def _perplexity(nlls: Sequence[Nll]) -> Measure:
@@ -73,8 +78,8 @@ def _perplexity(nlls: Sequence[Nll]) -> Measure:
     return Measure("perplexity", "Perplexity", Better.LOWER, signature, perplexity, _by_arm(rows))
 
 
-def _rouge(replies: Sequence[Completion]) -> list[Measure]:
-    scores = _compute(Rouge, replies)
+def _rouge(replies: Sequence[Completion], progress: Progress) -> list[Measure]:
+    scores = _compute(Rouge, replies, progress)
     scripts = [script_of(reply.reference) for reply in replies]
     counts = ",".join(f"{script.value}={scripts.count(script)}" for script in Script)
     return [
@@ -90,21 +95,21 @@ def _rouge(replies: Sequence[Completion]) -> list[Measure]:
     ]
 
 
-def _bleu(replies: Sequence[Completion]) -> list[Measure]:
+def _bleu(replies: Sequence[Completion], progress: Progress) -> list[Measure]:
     """BLEU is a score of a corpus in one language: Chinese replies get their own row, where there are any."""
     found = {script_of(reply.reference) for reply in replies}
     rows = []
     if found - CHINESE or not found:
-        result = _score(Bleu, replies, ALL - CHINESE, tokenize="13a")
+        result = _score(Bleu, replies, ALL - CHINESE, progress, tokenize="13a")
         rows.append(_sacrebleu("bleu", "BLEU", corpus_bleu, result))
     if found & CHINESE:
-        result = _score(Bleu, replies, CHINESE, tokenize="zh")
+        result = _score(Bleu, replies, CHINESE, progress, tokenize="zh")
         rows.append(_sacrebleu("bleu_zh", "BLEU (Chinese)", corpus_bleu, result))
     return rows
 
 
-def _chrf(replies: Sequence[Completion]) -> Measure:
-    return _sacrebleu("chrf", "chrF", corpus_chrf, _score(Chrf, replies, ALL))
+def _chrf(replies: Sequence[Completion], progress: Progress) -> Measure:
+    return _sacrebleu("chrf", "chrF", corpus_chrf, _score(Chrf, replies, ALL, progress))
 
 
 def _length(replies: Sequence[Completion]) -> Measure:
@@ -121,10 +126,14 @@ class _Scored:
 
 
 def _score(
-    metric: Callable[..., Any], replies: Sequence[Completion], scripts: frozenset[Script], **options: str
+    metric: Callable[..., Any],
+    replies: Sequence[Completion],
+    scripts: frozenset[Script],
+    progress: Progress,
+    **options: str,
 ) -> _Scored:
     own = [reply for reply in replies if script_of(reply.reference) in scripts]
-    result = _compute(metric, own, **options)
+    result = _compute(metric, own, progress, **options)
     rows = zip(own, result.get("statistics", []), strict=True)
     return _Scored(_by_arm(rows), result.get("signature"), scripts)
 
@@ -134,14 +143,22 @@ def _sacrebleu(name: str, label: str, aggregate: Aggregate, scored: _Scored) -> 
     return Measure(name, label, Better.HIGHER, signature, aggregate, scored.statistics, scored.scripts)
 
 
-def _compute(metric: Callable[..., Any], replies: Sequence[Completion], **options: str) -> dict[str, Any]:
+def _compute(
+    metric: Callable[..., Any], replies: Sequence[Completion], progress: Progress, **options: str
+) -> dict[str, Any]:
     """Runs one of the metric scripts; it keeps its data in memory, and its cache folder goes away with it."""
     if not replies:
         return {}
-    predictions, references = [reply.completion for reply in replies], [reply.reference for reply in replies]
+    whole: dict[str, Any] = {}
     with tempfile.TemporaryDirectory(prefix="graft-metric-") as cache:
         scorer = metric(keep_in_memory=True, cache_dir=cache)
-        return dict(scorer.compute(predictions=predictions, references=references, **options))
+        for start in range(0, len(replies), CHUNK_REPLIES):
+            chunk = replies[start : start + CHUNK_REPLIES]
+            texts = {"predictions": [r.completion for r in chunk], "references": [r.reference for r in chunk]}
+            for name, found in scorer.compute(**texts, **options).items():
+                whole[name] = [*whole.get(name, []), *found] if isinstance(found, list) else found
+            progress.advance(len(chunk))
+    return whole
 
 
 def _by_arm(rows: Iterable[tuple[Completion | Nll, Sequence[float]]]) -> Statistics:

@@ -10,16 +10,21 @@ from evalharness.report.numbers import difference_text, estimate_text
 Table = list[tuple[str, ...]]
 
 
-def metric_table(comparison: Comparison) -> Table:
-    """Returns the header row and one row a metric; with several adapters each has its own Change column."""
-    changes = ["Change (95 % CI)"] if len(comparison.others) == 1 else [f"Change, {arm}" for arm in comparison.others]
-    table: Table = [("Metric", *comparison.header.arms, *changes[: len(comparison.others)])]
+def metric_tables(comparison: Comparison) -> list[Table]:
+    """Returns a table for each adapter, so that none is wider than a screen; one where the base stands alone."""
+    return [_metric_table(comparison, arm) for arm in comparison.others or (None,)]
+
+
+def _metric_table(comparison: Comparison, other: str | None) -> Table:
+    arms = [comparison.base] if other is None else [comparison.base, other]
+    names = (comparison.name(arm) for arm in arms)
+    table: Table = [("Metric", *names, *(["Change (95 % CI)"] if other else []))]
     for row in comparison.metrics:
         if row.unavailable is not None:
             table.append((row.label, "unavailable", *[""] * (len(table[0]) - 2)))
             continue
-        values = (estimate_text(row.estimates[arm]) for arm in comparison.header.arms)
-        table.append((row.label, *values, *(difference_text(row.differences[arm]) for arm in comparison.others)))
+        change = [difference_text(row.differences[other])] if other else []
+        table.append((row.label, *(estimate_text(row.estimates[arm]) for arm in arms), *change))
     return table
 
 

@@ -52,7 +52,7 @@ def direction(row: MetricRow, arm: str) -> int:
 def _verdict(comparison: Comparison, arm: str) -> Verdict:
     rows = [row for row in comparison.metrics if row.name in PRIMARY and row.differences[arm].interval is not None]
     outcome = _outcome([direction(row, arm) for row in rows])
-    headline = WORDS[outcome].format(arm=arm, base=comparison.base)
+    headline = WORDS[outcome].format(arm=comparison.name(arm), base=comparison.name(comparison.base))
     return Verdict(arm, outcome, headline, tuple(_evidence(row, arm) for row in rows))
 
 

@@ -39,9 +39,11 @@ class SampleView:
     @property
     def state(self) -> str:
         """One word that the page's filter uses."""
-        if not all(cell.answered for cell in self.cells):
+        if not all(cell.answered or cell.status == MISSING for cell in self.cells):
             return "failed"
-        if not self.change:
+        if self.change is None:
+            return "unscored"
+        if self.change == 0:
             return "equal"
         return "better" if self.change > 0 else "worse"
 

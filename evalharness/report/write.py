@@ -19,7 +19,7 @@ from evalharness.comparison import Comparison
 from evalharness.records import RecordKind
 from evalharness.report.forest import CENTRE, PLOT_LEFT, PLOT_WIDTH, forest
 from evalharness.report.numbers import difference_text, estimate_text, plain, signed
-from evalharness.report.tables import count_table, markdown, metric_table
+from evalharness.report.tables import count_table, markdown, metric_tables
 from evalharness.report.verdict import direction, verdicts
 from evalharness.report.view import SampleView, failures, sample_views
 
@@ -63,11 +63,13 @@ def markdown_report(comparison: Comparison) -> str:
     lines = ["# Evaluation", ""]
     for verdict in verdicts(comparison):
         lines += [f"**{_line(verdict.headline)}.** {_line('; '.join(verdict.evidence))}", ""]
-    lines += [markdown(metric_table(comparison)), "", "## Requests", "", markdown(count_table(comparison)), ""]
+    for table in metric_tables(comparison):
+        lines += [markdown(table), ""]
+    lines += ["## Requests", "", markdown(count_table(comparison)), ""]
     lines += [f"- {_line(warning)}" for warning in comparison.warnings]
     lines += ["", "## Fixed prompts", ""]
     for view in sample_views(comparison, RecordKind.FIXED):
-        lines += _fixed_prompt(view)
+        lines += _fixed_prompt(comparison, view)
     lines += ["## Provenance", "", markdown([("Setting", "Value"), *_settings(comparison)]), ""]
     signatures = [(row.label, row.signature) for row in comparison.metrics]
     lines += [markdown([("Metric", "Signature"), *signatures]), ""]
@@ -95,8 +97,10 @@ def _settings(comparison: Comparison) -> list[tuple[str, str]]:
     sampling = ", ".join(f"{name} {value}" for name, value in header.sampling.model_dump().items())
     limit = "all" if header.limit is None else f"the first {header.limit}"
     answered = [(f"answered as {arm.arm}", "; ".join(arm.answered_by) or "nothing") for arm in comparison.arms]
+    served = [(f"revision of {arm}", header.served.get(arm) or "not told by the server") for arm in header.arms]
     return [
-        ("server", header.url),
+        ("server, where the run began", header.url),
+        *served,
         *answered,
         ("held-out samples", f"{header.held_out_samples} ({limit} of the file)"),
         ("held-out data sha256", header.data_sha256),
@@ -109,12 +113,12 @@ def _settings(comparison: Comparison) -> list[tuple[str, str]]:
     ]
 
 
-def _fixed_prompt(view: SampleView) -> Iterator[str]:
+def _fixed_prompt(comparison: Comparison, view: SampleView) -> Iterator[str]:
     yield from (f"### {_line(view.prompt)}", "")
     for cell in view.cells:
         text = cell.completion if cell.completion is not None else f"({cell.status}: {cell.error})"
         fence = "`" * max(3, 1 + max((len(run) for run in re.findall(r"`+", text)), default=0))
-        yield from (f"{_line(cell.arm)}:", "", fence, text, fence, "")
+        yield from (f"{_line(comparison.name(cell.arm))}:", "", fence, text, fence, "")
 
 
 def _line(text: str) -> str:

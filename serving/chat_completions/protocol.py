@@ -7,7 +7,7 @@ from typing import Any, ClassVar, Literal
 from pydantic import BaseModel, Field, model_validator
 
 from serving.errors import BadRequest
-from serving.messages import ChatMessage
+from serving.messages import MAX_MESSAGES, ChatMessage
 from serving.sampling import SHARED_HARMLESS, SamplingFields
 from serving.usage import Usage
 from serving.wire import Harmless
@@ -39,7 +39,7 @@ class ChatRequest(SamplingFields):
         "mm_processor_kwargs": ({},),
         "echo": (False,),
     }
-    messages: list[ChatMessage] = Field(min_length=1)
+    messages: list[ChatMessage] = Field(min_length=1, max_length=MAX_MESSAGES)
     max_tokens: int | None = Field(None, ge=1)
     max_completion_tokens: int | None = Field(None, ge=1)
     logprobs: bool = False

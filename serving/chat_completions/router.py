@@ -20,7 +20,8 @@ def chat_router(generation: Generation) -> APIRouter:
     async def create_chat_completion(body: ChatRequest, request: Request) -> Response:
         facts = facts_of(request)
         engine = generation.engine()
-        plan = plan_chat(body, generation.catalog, engine.context_length)
+        planning = generation.plan(lambda: plan_chat(body, generation.catalog, engine.context_length))
+        plan = await unless_gone(request.receive, planning)
         facts.model = plan.identity.model.name
         pieces = generation.run(plan.identity.model, plan.choices, plan.prompt_tokens, facts)
         headers = plan.identity.headers()

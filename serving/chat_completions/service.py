@@ -23,7 +23,7 @@ from serving.engine.text import PlacedToken
 from serving.engine.vocabulary import Vocabulary
 from serving.messages import render
 from serving.registry.catalog import Catalog
-from serving.sampling import choices_for, room_for
+from serving.sampling import choices_for, refuse_oversized, room_for
 from serving.usage import Usage, usage_of
 
 
@@ -41,6 +41,8 @@ class ChatPlan:
 def plan_chat(body: ChatRequest, catalog: Catalog, context_length: int) -> ChatPlan:
     """Raises ModelNotFound, ContextTooLong, or BadRequest where the template refuses the messages."""
     model = catalog.resolve(body.model)
+    contents = (message.content for message in body.messages)
+    refuse_oversized(contents, catalog.base.vocabulary, context_length, "messages")
     prompt_ids = render(body.messages, catalog.base, model, generation_prompt=True)
     max_tokens = room_for(len(prompt_ids), body.asked_tokens, None, context_length, "messages")
     identity = identify("chatcmpl", model)

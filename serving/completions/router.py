@@ -20,7 +20,9 @@ def completions_router(generation: Generation) -> APIRouter:
     async def create_completion(body: CompletionRequest, request: Request) -> Response:
         facts = facts_of(request)
         engine = generation.engine()
-        plan = plan_completion(body, generation.catalog, engine.context_length)
+        generation.refuse_too_many(len(body.prompt) * body.n)
+        planning = generation.plan(lambda: plan_completion(body, generation.catalog, engine.context_length))
+        plan = await unless_gone(request.receive, planning)
         facts.model = plan.identity.model.name
         pieces = generation.run(plan.identity.model, plan.choices, plan.prompt_tokens, facts)
         headers = plan.identity.headers()

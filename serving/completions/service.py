@@ -14,7 +14,7 @@ from serving.engine.vocabulary import Vocabulary
 from serving.errors import BadRequest
 from serving.registry.base import LoadedBase
 from serving.registry.catalog import Catalog
-from serving.sampling import choices_for, room_for
+from serving.sampling import choices_for, refuse_oversized, room_for
 from serving.usage import Usage, usage_of
 
 DEFAULT_MAX_TOKENS = 16  # OpenAI's
@@ -46,6 +46,9 @@ class _Gain:
 def plan_completion(body: CompletionRequest, catalog: Catalog, context_length: int) -> CompletionPlan:
     """Raises ModelNotFound, ContextTooLong, or BadRequest for ids that are not in the vocabulary."""
     model = catalog.resolve(body.model)
+    for prompt in body.prompt:
+        if isinstance(prompt, str):
+            refuse_oversized([prompt], catalog.base.vocabulary, context_length, "prompt")
     prompts = [encode_prompt(prompt, catalog.base, f"prompt[{at}]") for at, prompt in enumerate(body.prompt)]
     sized = [
         (ids, room_for(len(ids), body.max_tokens, DEFAULT_MAX_TOKENS, context_length, "prompt")) for ids in prompts

@@ -32,6 +32,7 @@ class Piece:
     generated: int  # tokens of this choice so far
     prompt_logprobs: tuple[TokenLogprob | None, ...] | None
     finish_reason: FinishReason | None
+    waited_s: float | None = None  # as the Delta's
 
 
 async def complete(engine: Engine, vocabulary: Vocabulary, choice: Choice) -> AsyncGenerator[Piece, None]:
@@ -43,7 +44,9 @@ async def complete(engine: Engine, vocabulary: Vocabulary, choice: Choice) -> As
             generated += len(delta.token_ids)
             gained = text.push(delta.token_ids, delta.logprobs, final=delta.finish_reason is not None)
             reason = FinishReason.STOP if text.stopped else delta.finish_reason
-            yield Piece(choice.index, gained.text, gained.tokens, generated, delta.prompt_logprobs, reason)
+            yield Piece(
+                choice.index, gained.text, gained.tokens, generated, delta.prompt_logprobs, reason, delta.waited_s
+            )
             if reason is not None:
                 return
     raise EngineDead(f"the engine ended request {choice.request.request_id} without a finish reason; send it again")

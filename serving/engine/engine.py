@@ -69,13 +69,15 @@ class Delta:
     """A piece of one completion, in order; a stop token is in none of them.
 
     `prompt_logprobs` stands in the first delta of a request that asked for it: one entry a prompt token, the first
-    None (nothing predicts it). The last delta alone has a `finish_reason`, and may have no tokens.
+    None (nothing predicts it). The last delta alone has a `finish_reason`, and may have no tokens. `waited_s`, in the
+    first delta too, is how long the request waited for a row; None from an engine that does not tell.
     """
 
     token_ids: tuple[int, ...] = ()
     logprobs: tuple[TokenLogprob, ...] = ()
     prompt_logprobs: tuple[TokenLogprob | None, ...] | None = None
     finish_reason: FinishReason | None = None
+    waited_s: float | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -6,9 +6,11 @@ import asyncio
 import hashlib
 import math
 import random
+import time
 from collections import Counter
 from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
+from dataclasses import replace
 
 from serving.engine.engine import (
     Delta,
@@ -86,13 +88,15 @@ class FakeEngine:
         self._check_alive()
         if request.variant.digest not in self._variants:
             raise ModelNotFound(f"variant {request.variant.name} was not added to the engine")
-        ended = False
+        ended, came_s = False, time.perf_counter()
         await self._take_row()
+        waited_s: float | None = time.perf_counter() - came_s
         try:
             async with aclosing(self._deltas(request)) as deltas:
                 async for delta in deltas:
                     ended = delta.finish_reason is not None
-                    yield delta
+                    yield replace(delta, waited_s=waited_s)
+                    waited_s = None
         except EngineDead:
             ended = True
             raise

@@ -30,12 +30,12 @@ class KvCache:
     ) -> None:
         self.rows, self.length, self.max_length = FIRST_ROWS, min(FIRST_LENGTH, max_length), max_length
         self._shape, self._max_rows = shape, max_rows
-        self._budget_tokens = budget // shape.token_bytes(dtype)
+        self._token_bytes, self._budget = shape.token_bytes(dtype), budget
         if self._budget_tokens < max_length:
             raise ValueError(
-                f"a row of context_length {max_length} needs {max_length * shape.token_bytes(dtype) / 2**30:.2f} GiB "
+                f"a row of context_length {max_length} needs {max_length * self._token_bytes / 2**30:.2f} GiB "
                 f"of cache and {budget / 2**30:.2f} GiB may be used: lower context_length to {self._budget_tokens}, "
-                "or raise cache_bytes"
+                "or raise --cache-gib"
             )
         size = (self.rows, shape.kv_heads, self.length, shape.head_dim)
         self.keys = [torch.zeros(size, dtype=dtype, device=device) for _ in range(shape.layers)]  # each SKLD
@@ -43,15 +43,34 @@ class KvCache:
 
     def reserve(self, rows: int, length: int) -> bool:
         """Makes room for `rows` rows of up to `length` positions; False, and no change, where the budget forbids it."""
-        if rows <= self.rows and length <= self.length:
+        if rows <= self.rows and length <= self.length and self._fits(self.rows, self.length):
             return True
         grown = (min(_doubled(FIRST_ROWS, rows), self._max_rows), min(_doubled(FIRST_LENGTH, length), self.max_length))
         widest = (max(self.rows, grown[0]), max(self.length, grown[1]))
-        for size in (widest, grown, (rows, length)):
-            if size[0] * size[1] <= self._budget_tokens:
+        # All of the budget at once: what is asked for alone would be copied again for every token that follows.
+        filled = (rows, min(self._budget_tokens // max(rows, 1), self.max_length))
+        for size in (widest, grown, filled):
+            if size[1] >= length and self._fits(*size):
                 self._resize(*size)
                 return True
         return False
+
+    def give_up(self, size: int) -> bool:
+        """Lowers the budget by `size` bytes; False, and no change, where no row of the whole context would fit.
+
+        A cache that is larger than the rest shrinks in the next `reserve`. A negative size gives bytes back.
+        """
+        if self._budget - size < self.max_length * self._token_bytes:
+            return False
+        self._budget -= size
+        return True
+
+    @property
+    def _budget_tokens(self) -> int:
+        return self._budget // self._token_bytes
+
+    def _fits(self, rows: int, length: int) -> bool:
+        return rows * length <= self._budget_tokens
 
     def places(self, slots_T: torch.Tensor, positions_T: torch.Tensor) -> torch.Tensor:
         """Returns where each head of each token is stored, for `write`: TK flattened; true until the cache grows."""

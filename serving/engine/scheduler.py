@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections import Counter, deque
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -28,6 +29,8 @@ class Row:
     ids: list[int] = field(init=False)
     cached: int = 0
     order: int = -1  # of admission
+    came_s: float = field(default_factory=time.perf_counter)
+    waited_s: float | None = None  # for its first admission
     counts: Counter[int] = field(default_factory=Counter)  # of generated tokens
     prompt_logprobs: list[TokenLogprob | None] = field(default_factory=lambda: [None])
 
@@ -114,6 +117,8 @@ class Scheduler:
                 return
             self.waiting.popleft()
             row.order, self._admitted = self._admitted, self._admitted + 1
+            if row.waited_s is None:
+                row.waited_s = time.perf_counter() - row.came_s
             self.active.append(row)
             unread += row.pending
 

@@ -15,6 +15,7 @@ from serving.engine.mixed_lora import AdapterSlice, LoraFactors
 from serving.engine.sampler import Drawn, sample, score
 from serving.engine.scheduler import Row, Scheduler, Work
 from serving.engine.weights import Forward, WeightSet
+from serving.errors import ModelRejected
 
 SCORED_AT_ONCE = 128  # prompt positions whose logits exist at one time: 25 MB each pass with a vocabulary of 49k
 
@@ -34,6 +35,7 @@ class Stepper:
         self.base, self.scheduler, self.steps = base, scheduler, 0
         self._cache = cache
         self._merged: dict[Variant, WeightSet] = {}
+        self._taken: dict[Variant, int] = {}  # bytes of the cache's budget
         self._adapters: set[Variant] = set()
 
     @property
@@ -43,8 +45,16 @@ class Stepper:
     def knows(self, variant: Variant) -> bool:
         return variant.kind is VariantKind.BASE or variant in self._merged or variant in self._adapters
 
-    def add_merged(self, variant: Variant, weights: WeightSet) -> None:
-        self._merged[variant] = weights
+    def add_merged(self, variant: Variant, weights: WeightSet, taken: int = 0) -> None:
+        """Takes `taken` bytes from the cache's budget; raises ModelRejected where too little of it would be left."""
+        if not self._cache.give_up(taken):
+            raise ModelRejected(
+                f"merged model {variant.name!r}: beside its {taken / 2**30:.2f} GiB of weights the memory holds no row "
+                f"of context_length {self._cache.max_length}: lower --context-length, serve fewer merged models, or "
+                "set --cache-gib",
+                param="model",
+            )
+        self._merged[variant], self._taken[variant] = weights, taken
 
     def add_adapter(self, variant: Variant, updates: dict[str, LoraFactors]) -> None:
         self.base.attach(variant, updates)
@@ -55,6 +65,7 @@ class Stepper:
         if users:
             raise RuntimeError(f"{variant.name!r} still answers {users} requests; remove it when they have ended")
         self._merged.pop(variant, None)
+        self._cache.give_up(-self._taken.pop(variant, 0))
         if variant in self._adapters:
             self._adapters.discard(variant)
             self.base.detach(variant)
@@ -120,9 +131,8 @@ class Stepper:
 
     def _advance(self, row: Row, drawn: Drawn) -> Delta:
         request = row.request
-        scores = None
-        if row.generated == 0 and request.prompt_logprobs is not None:
-            scores = tuple(row.prompt_logprobs)
+        first = row.generated == 0
+        scores = tuple(row.prompt_logprobs) if first and request.prompt_logprobs is not None else None
         reason = None
         token: tuple[int, ...] = ()
         if request.sampling.max_tokens == 0:
@@ -138,7 +148,7 @@ class Stepper:
         if reason is not None:
             self.scheduler.drop(row)
         logprobs = (drawn.logprob,) if token and drawn.logprob is not None else ()
-        return Delta(token, logprobs, scores, reason)
+        return Delta(token, logprobs, scores, reason, row.waited_s if first else None)
 
 
 def _place(work: Sequence[Work]) -> list[Placed]:

@@ -4,34 +4,34 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import os
 from collections.abc import AsyncGenerator, Callable
 from pathlib import Path
 from typing import TypeVar
 
 import torch
-from transformers import AutoConfig
 
+from serving.engine.checks import check_request, check_sizes, not_loaded
 from serving.engine.engine import Delta, EngineStats, GenerationRequest, Variant, VariantKind
 from serving.engine.kv_cache import KvCache
+from serving.engine.memory import cache_budget
 from serving.engine.scheduler import Row, Scheduler
 from serving.engine.step import Stepper
 from serving.engine.weights import WeightSet, load_weights
 from serving.engine.worker import Worker
-from serving.errors import BadRequest, ContextTooLong, EngineDead, GraftError, ModelNotFound, ModelRejected
+from serving.errors import EngineDead, GraftError, ModelRejected
 
 T = TypeVar("T")
 Outbox = asyncio.Queue[Delta | GraftError]
 # Prompt tokens a step. A CPU gains nothing from larger chunks (a token costs the same from 64 on), and running
 # streams would stall longer: 64 take about 0.15 s. A GPU needs many tokens to be busy.
 CHUNK_TOKENS_CPU, CHUNK_TOKENS_CUDA = 64, 1024
-CACHE_SHARE_CPU, CACHE_SHARE_CUDA = 0.4, 0.8  # of all memory; of what is free once the base is loaded
 
 
 class TransformersEngine:
     """Implements Engine. One thread owns the model and steps; the event loop sends it requests and receives deltas.
 
-    `device` defaults to a GPU where there is one; `cache_bytes` bounds the key/value cache.
+    `device` defaults to a GPU where there is one; `cache_bytes` bounds the key/value cache, None leaves a share of the
+    memory to it, out of which merged models are taken.
     """
 
     def __init__(
@@ -43,12 +43,7 @@ class TransformersEngine:
         device: str | None = None,
         cache_bytes: int | None = None,
     ) -> None:
-        if max_batch < 1:
-            raise ValueError(f"max_batch {max_batch}: at least 1 row must run")
-        longest = int(AutoConfig.from_pretrained(base_dir).max_position_embeddings)
-        if context_length is not None and not 1 <= context_length <= longest:
-            raise ValueError(f"context_length {context_length}: {base_dir} allows 1 to {longest}")
-        self.context_length = context_length or longest
+        self.context_length = check_sizes(base_dir, max_batch, context_length)
         self._base_dir, self._max_batch, self._cache_bytes = base_dir, max_batch, cache_bytes
         self._device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
         self._stepper: Stepper | None = None
@@ -80,7 +75,8 @@ class TransformersEngine:
             return
         if variant.kind is VariantKind.MERGED:
             weights = await asyncio.to_thread(self._load_merged, stepper.base, variant)
-            await self._between_steps(worker, lambda: stepper.add_merged(variant, weights))
+            taken = weights.size_bytes if self._cache_bytes is None else 0
+            await self._between_steps(worker, lambda: stepper.add_merged(variant, weights, taken))
             return
         updates = await asyncio.to_thread(stepper.base.read_adapter, variant)
         await self._between_steps(worker, lambda: stepper.add_adapter(variant, updates))
@@ -119,7 +115,7 @@ class TransformersEngine:
 
     def _load(self) -> Stepper:
         base = load_weights(self._base_dir, self.context_length, self._device)
-        budget = self._cache_bytes or _cache_budget(self._device)
+        budget = cache_budget(self._device) if self._cache_bytes is None else self._cache_bytes
         cache = KvCache(base.shape, base.dtype, base.device, self._max_batch, self.context_length, budget)
         chunk_tokens = CHUNK_TOKENS_CPU if self._device.type == "cpu" else CHUNK_TOKENS_CUDA
         return Stepper(base, cache, Scheduler(cache, max_rows=self._max_batch, chunk_tokens=chunk_tokens))
@@ -146,24 +142,9 @@ class TransformersEngine:
 
     def _check(self, stepper: Stepper, request: GenerationRequest) -> None:
         """Refuses what would fail inside a step, and there end every request."""
-        prompt, max_tokens = request.prompt_ids, request.sampling.max_tokens
         if not stepper.knows(request.variant):
-            raise _not_loaded(request.variant)
-        if max_tokens < 0:
-            raise BadRequest(f"max_tokens {max_tokens}: give 0 or more", param="max_tokens")
-        if not prompt:
-            raise BadRequest("the prompt has no tokens; give at least one", param="prompt")
-        wrong = next((token for token in prompt if not 0 <= token < stepper.base.vocabulary), None)
-        if wrong is not None:
-            raise BadRequest(
-                f"prompt token id {wrong}: this model has 0 to {stepper.base.vocabulary - 1}", param="prompt"
-            )
-        if len(prompt) + min(max_tokens, 1) > self.context_length:
-            raise ContextTooLong(
-                f"the prompt has {len(prompt)} tokens and leaves none of the context of {self.context_length} for a "
-                "completion; shorten it",
-                param="prompt",
-            )
+            raise not_loaded(request.variant)
+        check_request(request, vocabulary=stepper.base.vocabulary, context_length=self.context_length)
 
     async def _between_steps(self, worker: Worker, job: Callable[[], T]) -> T:
         return await asyncio.wrap_future(worker.call(job))
@@ -173,7 +154,7 @@ class TransformersEngine:
         if stepper.knows(row.request.variant):
             stepper.scheduler.add(row)
         else:
-            self._tell(lambda: self._end(row, _not_loaded(row.request.variant)))
+            self._tell(lambda: self._end(row, not_loaded(row.request.variant)))
 
     def _step(self) -> None:
         """On the worker's thread."""
@@ -214,10 +195,6 @@ class TransformersEngine:
             outbox.put_nowait(error)
 
 
-def _not_loaded(variant: Variant) -> ModelNotFound:
-    return ModelNotFound(f"model {variant.name!r} is not loaded in the engine; add it first", param="model")
-
-
 def _generator(seed: int | None) -> torch.Generator:
     """On the CPU for every device, so that a seed means the same draws everywhere."""
     generator = torch.Generator()
@@ -226,9 +203,3 @@ def _generator(seed: int | None) -> torch.Generator:
     else:
         generator.manual_seed(seed)
     return generator
-
-
-def _cache_budget(device: torch.device) -> int:
-    if device.type == "cpu":
-        return int(CACHE_SHARE_CPU * os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
-    return int(CACHE_SHARE_CUDA * torch.cuda.mem_get_info(device)[0])

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 _BYTE_TOKEN = re.compile(r"<0x([0-9A-F]{2})>")
@@ -21,6 +21,10 @@ class Vocabulary:
 
     tokens: tuple[bytes, ...]
     controls: frozenset[int]
+    longest_bytes: int = field(init=False)  # of one token
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "longest_bytes", max(map(len, self.tokens), default=0))
 
     @property
     def size(self) -> int:
@@ -36,6 +40,12 @@ class Vocabulary:
     def label(self, token_id: int) -> str:
         """Returns the token as text; bytes that are no whole character are written like \\xf0."""
         return self.bytes_of(token_id).decode("utf-8", errors="backslashreplace")
+
+    def fewest_tokens(self, text: str) -> int:
+        """Returns a lower bound of the tokens of a user's text, without encoding it."""
+        by_length = -(-len(text.encode()) // max(self.longest_bytes, 1))
+        by_controls = sum(text.count(self.bytes_of(token_id).decode()) for token_id in self.controls)  # 1 each or more
+        return max(by_length, by_controls)
 
     def spell(self, token_ids: Iterable[int]) -> str:
         """Returns the ids' whole text, control tokens written out."""

@@ -10,7 +10,14 @@ from typing import Any
 from serving.engine.engine import Variant, VariantKind
 from serving.errors import AdapterRejected, ModelNotFound, ModelRejected
 from serving.registry.base import LoadedBase, end_of_turn_ids, load_base, load_tokenizer
-from training.artifact import ArtifactError, base_problems, fingerprint_base, verify_adapter
+from training.artifact import (
+    ArtifactError,
+    MergeCertificate,
+    base_problems,
+    fingerprint_base,
+    read_certificate,
+    verify_adapter,
+)
 from training.chat import TemplateError, template_hash
 
 DIGEST_CHARACTERS = 12  # as many as a revision shows
@@ -99,12 +106,28 @@ def _load_merged(name: str, directory: Path, base: LoadedBase) -> ServedModel:
         tokenizer = load_tokenizer(directory)
         problems = _tokenizer_problems(tokenizer, base)
         stops = end_of_turn_ids(directory, tokenizer)
+        certificate = read_certificate(directory)
     except (ArtifactError, TemplateError, OSError, ValueError) as error:
         raise ModelRejected(f"merged model {name}={directory} cannot be served: {error}") from error
+    if not problems and certificate is not None:
+        problems = _certificate_problem(certificate, fingerprint)
     if problems:
         raise ModelRejected(f"merged model {name}={directory} is refused: {problems}")
+    system_prompt = None
+    if certificate is not None:  # prompts as the adapter was trained and the merge certified
+        system_prompt = certificate.chat.default_system_prompt if certificate.chat.mode == "qwen" else None
+        stops |= frozenset(certificate.chat.stop_token_ids)
     created = int((directory / "config.json").stat().st_mtime)
-    return ServedModel(name, Variant(name, VariantKind.MERGED, fingerprint, directory), None, stops, created, None)
+    variant = Variant(name, VariantKind.MERGED, fingerprint, directory)
+    return ServedModel(name, variant, system_prompt, stops, created, None)
+
+
+def _certificate_problem(certificate: MergeCertificate, fingerprint: str) -> str:
+    if not certificate.passed:
+        return "its merge certificate did not pass; merge it again"
+    if certificate.merged_fingerprint != fingerprint:
+        return "its files changed since the merge was certified; merge it again"
+    return ""
 
 
 def _tokenizer_problems(tokenizer: Any, base: LoadedBase) -> str:

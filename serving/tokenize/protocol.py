@@ -7,7 +7,7 @@ from typing import ClassVar
 from pydantic import BaseModel, Field, model_validator
 
 from serving.errors import BadRequest
-from serving.messages import ChatMessage
+from serving.messages import MAX_MESSAGES, ChatMessage
 from serving.wire import Harmless, Text, Wire
 
 
@@ -25,7 +25,7 @@ class TokenizeRequest(Wire):
     }
     model: str
     prompt: Text | None = None
-    messages: list[ChatMessage] | None = Field(None, min_length=1)
+    messages: list[ChatMessage] | None = Field(None, min_length=1, max_length=MAX_MESSAGES)
     add_generation_prompt: bool = True
 
     @model_validator(mode="after")

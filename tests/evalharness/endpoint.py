@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any, Protocol
+from urllib.parse import unquote
 
 from evalharness.client import Client
 from evalharness.records import RunHeader, SamplingSettings
@@ -88,12 +89,16 @@ class ChatServer:
     failing: set[tuple[str, str]] = field(default_factory=set)  # (arm, prompt)
     asked: list[tuple[str, str, str]] = field(default_factory=list)  # (path, arm, prompt)
     authorizations: list[str | None] = field(default_factory=list)
+    models: dict[str, dict[str, Any]] = field(default_factory=dict)  # what it tells of a model asked for by name
+    revision: str = "1"  # what its replies call theirs
 
     def __call__(self, path: str, body: dict[str, Any]) -> Answer:
         if path == "/v1/chat/completions":
             return self._chat(body)
         if path == "/v1/models":
             return Answer({"object": "list", "data": [{"id": arm} for arm in self.replies]})
+        if (name := unquote(path.removeprefix("/v1/models/"))) in self.models:
+            return Answer({"id": name, **self.models[name]})
         if path == "/tokenize" and not self.chat_only:
             return Answer({"tokens": chat_ids(body["messages"], body["add_generation_prompt"])})
         if path == "/v1/completions" and not self.chat_only:
@@ -105,15 +110,15 @@ class ChatServer:
         self.asked.append(("chat", arm, prompt))
         if (arm, prompt) in self.failing:
             return Answer({"error": {"message": "out of <luck>"}}, 500)
-        message = {"role": "assistant", "content": self.replies[arm](prompt)}
-        reply = {"choices": [{"message": message, "finish_reason": "stop"}], "model": f"{arm}@1"}
+        message = {"role": "assistant", "content": self.replies[arm.partition("@")[0]](prompt)}
+        reply = {"choices": [{"message": message, "finish_reason": "stop"}], "model": f"{arm}@{self.revision}"}
         return Answer({**reply, "system_fingerprint": f"fp-{arm}"}, headers={"x-request-id": f"req-{arm}"})
 
     def _score(self, body: dict[str, Any]) -> Answer:
         assert body["max_tokens"] == 0
         assert body["echo"]
         self.asked.append(("score", body["model"], ""))
-        logprobs = [None, *[self.logprobs[body["model"]]] * (len(body["prompt"]) - 1)]
+        logprobs = [None, *[self.logprobs[body["model"].partition("@")[0]]] * (len(body["prompt"]) - 1)]
         return Answer({"choices": [{"text": "", "logprobs": {"token_logprobs": logprobs}}], "model": body["model"]})
 
 

@@ -7,6 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import httpx
 import pytest
 
 from evalharness.__main__ import main
@@ -73,10 +74,40 @@ def test_report_and_compare_need_no_server(finished_run, capsys):
     [("rouge_l.difference.low > 0", 0), ("perplexity.change_percent <= -99", 1), ("rouge.difference > 0", 2)],
 )
 def test_the_gates_exit_code_follows_its_rules(finished_run, capsys, rule, code):
-    assert main(["gate", str(finished_run), "--resamples", "100", "--rule", rule]) == code
+    words = ["gate", str(finished_run), "--resamples", "100", "--rule", rule, "--allow-failed", "0.1"]
+    assert main(words) == code
     shown = capsys.readouterr()
     assert ("did you mean" in shown.err) == (code == 2)
     assert (f"FAIL  {rule}" in shown.out) == (code == 1)
+
+
+def test_a_gate_says_that_a_run_with_gaps_does_not_pass(finished_run, capsys):
+    assert main(["gate", str(finished_run), "--resamples", "100", "--rule", "rouge_l.difference.low > 0"]) == 1
+    shown = capsys.readouterr()
+    assert "pass  rouge_l.difference.low > 0" in shown.out
+    assert "FAIL  base:rouge_l.failed == 0  (is 1; every gate has this rule)" in shown.out
+    assert "--allow-failed" in shown.out
+    assert "1 http_error" in shown.err
+
+
+@pytest.mark.parametrize("share", ["1", "-0.1", "nan", "x"])
+def test_a_share_of_failures_that_is_none_is_refused(finished_run, capsys, share):
+    with pytest.raises(SystemExit):
+        main(["gate", str(finished_run), "--rule", "rouge_l.pairs > 1", "--allow-failed", share])
+    assert "--allow-failed" in capsys.readouterr().err
+
+
+def test_a_pinned_revision_of_the_real_app_is_measured_under_its_name(fake_server, held_out, tmp_path, capsys):
+    out = tmp_path / "out"
+    revision = httpx.get(f"{fake_server}/v1/models/starter", trust_env=False).json()["revision"]
+    words = ["--held-out", str(held_out), "--out", str(out), "--max-tokens", "12", "--resamples", "100"]
+    assert main(["run", "--url", fake_server, "--arm", "base", "--arm", revision, *words]) == 0
+    assert f"arms: base, {revision}" in capsys.readouterr().out
+    assert main(["gate", str(out), "--resamples", "100", "--rule", "starter:rouge_l.count == 4"]) == 0
+    assert read_run(out).header.served[revision] == revision
+    page = (out / "report.html").read_text(encoding="utf-8")
+    assert f"starter <small>{revision.partition('@')[2]}</small>" in page
+    assert f"{revision} is" not in page
 
 
 def test_a_gate_without_rules_is_an_error(finished_run, capsys):

@@ -9,7 +9,7 @@ from datetime import UTC, datetime, timedelta
 import pytest
 
 from evalharness import client as client_module
-from evalharness.client import MAX_TRIES, Client, Reply, normalise_url
+from evalharness.client import MAX_TRIES, Client, Reply, is_loopback, normalise_url
 from evalharness.errors import ServerError
 from evalharness.records import SampleStatus
 from tests.evalharness.endpoint import Answer, serve
@@ -130,6 +130,42 @@ def test_no_server_is_unreachable():
         port = listener.getsockname()[1]
     reply = post(f"http://127.0.0.1:{port}")
     assert (reply.status, reply.tries) == (SampleStatus.UNREACHABLE, MAX_TRIES)
+
+
+@pytest.fixture
+def proxy(monkeypatch):
+    """The paths that a proxy of the environment was asked for."""
+    asked: list[str] = []
+
+    def handle(path, body):
+        asked.append(path)
+        return Answer({"from": "proxy"})
+
+    for name in ("NO_PROXY", "no_proxy", "http_proxy"):
+        monkeypatch.delenv(name, raising=False)
+    with serve(handle) as url:
+        monkeypatch.setenv("HTTP_PROXY", url)
+        yield asked
+
+
+def test_this_machines_server_is_asked_without_a_proxy(proxy):
+    handle, _ = scripted(Answer({"from": "server"}))
+    with serve(handle) as url:
+        assert post(url).body == {"from": "server"}
+    assert proxy == []
+
+
+def test_another_machines_server_is_asked_through_the_proxy(proxy):
+    assert post("http://model.invalid:8000").body == {"from": "proxy"}
+    assert proxy == ["http://model.invalid:8000/v1/chat/completions"]
+
+
+@pytest.mark.parametrize(
+    ("host", "own"),
+    [("localhost", True), ("127.8.0.1", True), ("::1", True), ("192.0.2.1", False), ("127.0.0.1.example.org", False)],
+)
+def test_loopback_is_this_machine(host, own):
+    assert is_loopback(host) == own
 
 
 @pytest.mark.parametrize("url", ["http://h:1", "http://h:1/", "http://h:1/v1", "http://h:1/v1/"])

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import io
 import math
 
 import pytest
@@ -55,6 +56,16 @@ def test_the_order_of_records_does_not_matter(finished_run, comparison, tmp_path
     assert [(m.estimates, m.differences) for m in again.metrics] == [
         (m.estimates, m.differences) for m in comparison.metrics
     ]
+
+
+def test_scoring_shows_how_far_it_is(finished_run):
+    out = io.StringIO()
+    compare(finished_run, 100, out)
+    shown = [line.split("  ") for line in out.getvalue().splitlines()]
+    for label, total in (("metrics", 3 * (11 + 12)), ("intervals", 7)):
+        lines = [line[1:] for line in shown if line[0] == label]
+        assert (lines[0], lines[-1][0]) == ([f"0/{total}"], f"{total}/{total}")
+        assert all("/s" in line[1] and "ETA" in line[2] for line in lines[1:])
 
 
 def test_an_empty_run_has_no_numbers_only_reasons(tmp_path):

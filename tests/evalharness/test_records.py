@@ -1,5 +1,10 @@
 from __future__ import annotations
 
+import resource
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
 import pytest
 
 from evalharness.errors import RecordError
@@ -79,7 +84,6 @@ def test_a_run_keeps_its_samples(tmp_path):
 @pytest.mark.parametrize(
     "change",
     [
-        {"url": "http://127.0.0.1:2"},
         {"arms": ("base", "other")},
         {"data_sha256": "0"},
         {"limit": 2},
@@ -91,6 +95,61 @@ def test_other_inputs_are_refused_by_name(tmp_path, change):
     open_run(tmp_path, header(URL, samples(3)), (), samples(3))
     with pytest.raises(RecordError, match=next(iter(change))):
         open_run(tmp_path, header(URL, samples(3)).model_copy(update=change), (), samples(3))
+
+
+def test_the_address_is_recorded_and_may_change(tmp_path):
+    open_run(tmp_path, header(URL, samples(3)), (), samples(3))
+    open_run(tmp_path, header("http://127.0.0.1:2", samples(3)), (), samples(3))
+    assert read_run(tmp_path).header.url == URL
+
+
+@pytest.mark.parametrize("now", ["starter@2", None])
+def test_other_revisions_are_refused_by_name_with_the_remedy(tmp_path, now):
+    def of(revision: str | None):
+        return header(URL, samples(3)).model_copy(update={"served": {"base": "base (1)", "starter": revision}})
+
+    open_run(tmp_path, of("starter@1"), (), samples(3))
+    open_run(tmp_path, of("starter@1"), (), samples(3))
+    with pytest.raises(RecordError, match=rf"starter was starter@1, is now {now or 'not told'}\); give --out another"):
+        open_run(tmp_path, of(now), (), samples(3))
+
+
+def test_a_header_of_before_the_revisions_is_read(tmp_path):
+    open_run(tmp_path, header(URL, samples(3)), (), samples(3))
+    path = tmp_path / "run.json"
+    path.write_text(path.read_text().replace(',\n  "served": {}', ""))
+    assert "served" not in path.read_text()
+    assert read_run(tmp_path).header.served == {}
+
+
+@contextmanager
+def full_disk(path: Path, free: int) -> Iterator[None]:
+    """Lets every file of this process grow to `free` bytes more than `path` has, as a full disk would."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (path.stat().st_size + free, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+@pytest.mark.parametrize("free", [0, 10])
+def test_a_record_that_does_not_fit_is_an_error_and_leaves_no_part_of_it(tmp_path, free):
+    path = tmp_path / RECORDS_NAME
+    with record_writer(tmp_path) as writer:
+        writer.append(record("a"))
+        whole = path.read_bytes()
+        with full_disk(path, free), pytest.raises(RecordError, match=r"could not be written.*free space"):
+            writer.append(record("b"))
+        assert path.read_bytes() == whole
+        writer.append(record("c"))
+    assert [r.sample_id for r in read_records(path).values()] == ["a", "c"]
+
+
+def test_a_directory_that_cannot_be_made_is_an_error(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(RecordError, match="give another --out"):
+        open_run(tmp_path / "file" / "run", header(URL, samples(1)), (), samples(1))
 
 
 def test_records_of_unknown_origin_are_refused(tmp_path):

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from evalharness.errors import RecordError, ServerError
-from evalharness.records import RECORDS_NAME, RecordKind, SampleStatus, read_records, read_run
+from evalharness.records import RECORDS_NAME, RecordKind, RecordWriter, SampleStatus, read_records, read_run
 from evalharness.runner import interleave
 from tests.evalharness.endpoint import Answer, better_adapter, run_once, samples, serve
 
@@ -93,6 +93,64 @@ def test_a_directory_of_other_inputs_is_refused(tmp_path):
         run_once(tmp_path, url, samples(2))
         with pytest.raises(RecordError, match="data_sha256"):
             run_once(tmp_path, url, samples(3))
+
+
+def test_records_of_a_former_revision_do_not_pass_as_the_new_ones(tmp_path):
+    server = better_adapter()
+    server.models["starter"] = {"revision": "starter@0123456789ab"}
+    with serve(server) as url:
+        run_once(tmp_path, url, samples(2))
+        assert read_run(tmp_path).header.served == {"base": None, "starter": "starter@0123456789ab"}
+        server.models["starter"] = {"revision": "starter@ba9876543210"}
+        with pytest.raises(RecordError, match=r"starter@0123456789ab, is now starter@ba9876543210.*--out"):
+            run_once(tmp_path, url, samples(2))
+
+
+def test_a_run_continues_at_another_address(tmp_path):
+    server = better_adapter()
+    server.failing.add(("base", "Question number 1?"))
+    with serve(server) as url:
+        run_once(tmp_path, url, samples(2))
+    server.failing.clear()
+    server.asked.clear()
+    with serve(server) as url:
+        run_once(tmp_path, url, samples(2))
+    assert server.asked == [("chat", "base", "Question number 1?")]
+
+
+def test_a_revision_that_changes_in_mid_run_is_said(tmp_path):
+    server = better_adapter()
+
+    def swapped(path, body):
+        if len(server.asked) >= 12:
+            server.revision = "2"
+        return server(path, body)
+
+    with serve(swapped) as url:
+        shown = run_once(tmp_path, url, samples(4))
+    assert shown.count("warning: starter: answered by starter@2 (fp-starter) from here on") == 1
+    assert shown.count("by starter@1 (fp-starter) until now") == 1
+
+
+def test_a_record_that_cannot_be_kept_ends_the_run_with_its_reason(tmp_path, monkeypatch):
+    def full(self, record):
+        raise RecordError("no space")
+
+    monkeypatch.setattr(RecordWriter, "append", full)
+    with serve(better_adapter()) as url, pytest.raises(RecordError, match="no space"):
+        run_once(tmp_path, url, samples(2))
+
+
+def test_the_perplexity_stage_shows_its_progress_from_its_probe_on(tmp_path):
+    with serve(better_adapter()) as url:
+        shown = run_once(tmp_path, url, samples(3)).splitlines()
+    assert [line.split("  ")[:2] for line in shown if line.startswith("perplexity")] == [
+        ["perplexity: how a turn ends", "0/2"],
+        ["perplexity: how a turn ends", "2/2"],
+        ["perplexity", "0/6"],
+        ["perplexity", "6/6"],
+    ]
+    assert "/s  ETA 0:00" in shown[-1]
 
 
 def test_an_unknown_arm_is_named_with_those_that_exist(tmp_path):

@@ -18,7 +18,8 @@ LAUNCH = ["-m", "accelerate.commands.launch", "--cpu", "--num_machines", "1", "-
 pytestmark = pytest.mark.slow
 
 
-def losses(folder: Path, recipe: Path, processes: int) -> list[float]:
+def steps(folder: Path, recipe: Path, processes: int) -> list[tuple[float, float]]:
+    """Returns (loss, gradient norm) of each step."""
     out = folder / f"run{processes}"
     command = [sys.executable, *LAUNCH, "--num_processes", str(processes), "-m", "training"]
     done = subprocess.run(
@@ -30,13 +31,17 @@ def losses(folder: Path, recipe: Path, processes: int) -> list[float]:
         check=False,
     )
     assert done.returncode == 0, done.stdout + done.stderr
-    return [line["nll_nats"] for line in read_log(out / "train_log.jsonl") if "nll_nats" in line]
+    lines = [line for line in read_log(out / "train_log.jsonl") if "nll_nats" in line]
+    return [(line["nll_nats"], line["grad_norm"]) for line in lines]
 
 
 def test_two_processes_follow_the_loss_of_one(tiny_base: Path, tmp_path: Path):
     recipe = tmp_path / "small.toml"
     recipe.write_text(resolved_toml(small_config(tiny_base, tmp_path, data={"held_out": 3}, optim={"batch_size": 5})))
-    one, two = losses(tmp_path, recipe, 1), losses(tmp_path, recipe, 2)
+    one, two = steps(tmp_path, recipe, 1), steps(tmp_path, recipe, 2)
     assert len(one) == 10  # 21 rows in steps of 5, twice: the epoch's last step has one row for two processes
-    assert two == pytest.approx(one, abs=2e-3)
-    assert one[-1] < one[0]
+    assert [loss for loss, _ in two] == pytest.approx([loss for loss, _ in one], abs=2e-3)
+    # AdamW and clipping hide a wrong scale of the gradient; its norm does not.
+    assert two[0][1] == pytest.approx(one[0][1], rel=1e-3)
+    assert [norm for _, norm in two] == pytest.approx([norm for _, norm in one], rel=2e-2)
+    assert one[-1][0] < one[0][0]

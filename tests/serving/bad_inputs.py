@@ -60,6 +60,14 @@ BAD_INPUTS: list[tuple[str, Any, int, str | None, str]] = [
     (CHAT, chat(messages=[USER, {"role": "tool", "content": "hi"}]), 400, "messages[1].role", VALUE),
     (CHAT, chat(messages=[{"role": "user", "content": None}]), 400, "messages[0].content", VALUE),
     (CHAT, chat(messages=[{"role": "user", "content": [{"type": "image_url"}]}]), 400, "messages[0].content", VALUE),
+    (
+        CHAT,
+        chat(messages=[{"role": "user", "content": [{"type": "text", "text": "a", "cache_control": {}}]}]),
+        400,
+        "messages[0].content",
+        VALUE,
+    ),
+    (CHAT, chat(messages=[USER] * 513), 400, "messages", VALUE),
     (CHAT, chat(messages=[{**USER, "mood": "good"}]), 400, "messages[0].mood", UNKNOWN),
     (CHAT, chat(messages=[{**USER, "tool_calls": [{}]}]), 400, "messages[0].tool_calls", UNSUPPORTED),
     (CHAT, chat(messages=[{"role": "user", "content": "word " * 3000}]), 400, "messages", "context_length_exceeded"),
@@ -123,4 +131,5 @@ BAD_INPUTS: list[tuple[str, Any, int, str | None, str]] = [
     (TOKENIZE, {"model": "nope", "prompt": "a"}, 404, "model", "model_not_found"),
     (TOKENIZE, {"model": "base", "prompt": 5}, 400, "prompt", VALUE),
     (TOKENIZE, {"model": "base", "messages": []}, 400, "messages", VALUE),
+    (TOKENIZE, {"model": "base", "messages": [USER] * 513}, 400, "messages", VALUE),
 ]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import os
 import signal
@@ -13,10 +14,16 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 
 import httpx
+import pytest
+import torch
 
-from serving.__main__ import main, make_engine
-from serving.config import read_config
+from serving import __main__ as command
+from serving.__main__ import choose_engine, main, make_engine
+from serving.config import ConfigError, read_config
 from serving.engine.fake_engine import FakeEngine
+from serving.engine.transformers_engine import TransformersEngine
+from serving.engine.vllm_engine import VllmEngine
+from serving.errors import ModelRejected
 from serving.registry.base import load_base
 from tests.tiny import wait_until
 
@@ -37,6 +44,69 @@ def test_the_engine_is_the_one_that_was_asked_for(tiny_base):
     engine = make_engine(config, load_base(tiny_base))
     assert isinstance(engine, FakeEngine)
     assert (engine.context_length, engine.max_batch) == (512, 3)
+
+
+def test_the_cache_has_the_size_that_was_asked_for(tiny_base):
+    arguments = ["--base", str(tiny_base), "--cache-gib", "0.0001"]
+    engine = make_engine(read_config([*arguments, "--engine", "transformers"], {}), load_base(tiny_base))
+    with pytest.raises(ValueError, match=r"0.00 GiB may be used: .* raise --cache-gib"):
+        asyncio.run(engine.start())
+    for name in ("fake", "vllm"):
+        with pytest.raises(ConfigError, match=f"--cache-gib 0.0001: the {name} engine does not take it"):
+            make_engine(read_config([*arguments, "--engine", name], {}), load_base(tiny_base))
+
+
+@pytest.mark.parametrize(
+    ("installed", "cuda", "merged", "name", "reason"),
+    [
+        (True, True, False, "vllm", "vLLM is installed and there is CUDA"),
+        (False, True, False, "transformers", "not installed"),
+        (True, False, False, "transformers", "no CUDA"),
+        (True, True, True, "transformers", "merged"),
+    ],
+)
+def test_auto_is_vllm_wherever_it_runs_all_that_is_asked(
+    tiny_base, monkeypatch, caplog, installed, cuda, merged, name, reason
+):
+    monkeypatch.setattr(command, "find_spec", lambda package: object() if installed else None)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: cuda)
+    caplog.set_level("INFO")
+    arguments = ["--base", str(tiny_base), *(["--merged", f"m={tiny_base}"] if merged else [])]
+    assert choose_engine(read_config(arguments, {})) == name
+    assert f"engine auto: {name}" in caplog.text
+    assert reason in caplog.text
+
+
+def test_auto_is_transformers_without_cuda(tiny_base, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    engine = make_engine(read_config(["--base", str(tiny_base)], {}), load_base(tiny_base))
+    assert isinstance(engine, TransformersEngine)
+
+
+def test_vllm_is_refused_where_it_is_not_installed_or_a_merged_model_is_asked_for(tiny_base, monkeypatch):
+    base = load_base(tiny_base)
+    arguments = ["--base", str(tiny_base), "--engine", "vllm"]
+    monkeypatch.setattr(command, "find_spec", lambda package: None)
+    with pytest.raises(ConfigError, match="make deploy ENGINE=vllm"):
+        make_engine(read_config(arguments, {}), base)
+    monkeypatch.setattr(command, "find_spec", lambda package: object())
+    with pytest.raises(ModelRejected, match="merged model 'm': vLLM runs one set of weights"):
+        make_engine(read_config([*arguments, "--merged", f"m={tiny_base}"], {}), base)
+
+
+def test_vllm_has_a_slot_for_each_adapter_as_wide_as_the_widest(tiny_base, tiny_adapters, monkeypatch):
+    monkeypatch.setattr(command, "find_spec", lambda package: object())
+    monkeypatch.setenv("VLLM_NO_USAGE_STATS", "0")
+    monkeypatch.setenv("VLLM_WORKER_MULTIPROC_METHOD", "")  # so that its absence is what is restored
+    monkeypatch.delenv("VLLM_WORKER_MULTIPROC_METHOD")
+    adapters = [word for name, path in tiny_adapters.items() for word in ("--adapter", f"{name}={path}")]
+    arguments = ["--base", str(tiny_base), "--engine", "vllm"]
+    for words, slots in (([], 0), (adapters, 2), ([*adapters, "--max-batch", "1"], 1)):
+        engine = make_engine(read_config([*arguments, *words], {}), load_base(tiny_base))
+        assert isinstance(engine, VllmEngine)
+        assert (engine.max_adapters, engine.max_rank) == (slots, 4 if words else 1)
+    assert os.environ["VLLM_NO_USAGE_STATS"] == "0", "what the operator set stands"
+    assert os.environ["VLLM_WORKER_MULTIPROC_METHOD"] == "spawn"
 
 
 def free_port() -> int:

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import json
+import threading
 from concurrent.futures import ThreadPoolExecutor
 
 import httpx
 import openai
 import pytest
+from transformers import PreTrainedTokenizerBase
 
 from serving.errors import AdapterRejected
 from tests.serving.bad_inputs import BAD_INPUTS
@@ -142,7 +144,8 @@ class TestOpenAIsClient:
     def test_text_completions_stream_and_take_many_prompts(self, client):
         fields = {"model": "base", "prompt": ["a", "the fox"], "max_tokens": 6, "temperature": 0, "echo": True}
         whole = client.completions.create(**fields)
-        assert [choice.text.startswith(prompt) for choice, prompt in zip(whole.choices, fields["prompt"], strict=True)]
+        pairs = zip(whole.choices, fields["prompt"], strict=True)
+        assert all(choice.text.startswith(prompt) for choice, prompt in pairs)
         parts = list(client.completions.create(**fields, stream=True))
         for choice in whole.choices:
             assert "".join(p.choices[0].text for p in parts if p.choices[0].index == choice.index) == choice.text
@@ -183,6 +186,7 @@ class TestOpenAIsClient:
             prompt_cache_key="k",
             seed=None,
         )
+        client.completions.create(model="base", prompt="a", max_tokens=2, best_of=1)
 
 
 class TestText:
@@ -378,6 +382,102 @@ class TestMetrics:
         assert "nope" not in text
         assert "secret" not in text
         assert "graft_engine_steps_total" in text
+
+    def test_a_form_that_is_json_counts_for_its_route(self, serve):
+        url, _ = serve()
+        body = json.dumps({"model": "base", "messages": [USER], "max_tokens": 1})
+        headers = {"content-type": "application/x-www-form-urlencoded"}
+        assert httpx.post(f"{url}/v1/chat/completions", content=body, headers=headers).status_code == 200
+        text = httpx.get(f"{url}/metrics").text
+        assert 'graft_requests_total{model="base",route="/v1/chat/completions",status="200"} 1.0' in text
+        assert "unmatched" not in text
+
+
+class TestTimings:
+    ROUTES = (("/v1/chat/completions", {"messages": [USER]}), ("/v1/completions", {"prompt": "a"}))
+
+    def times(self, response) -> dict[str, float]:
+        entries = [entry.split(";dur=") for entry in response.headers["server-timing"].split(", ")]
+        return {name: float(value) for name, value in entries}
+
+    def test_an_answer_says_when_it_was_taken_up_began_and_ended(self, serve):
+        url, _ = serve(token_delay_s=0.02, end_of_turn_id=None)
+        for route, fields in self.ROUTES:
+            body = {"model": "base", "max_tokens": 8, "temperature": 0, **fields}
+            times = self.times(httpx.post(url + route, json=body))
+            assert list(times) == ["queue", "ttft", "total"]
+            assert 0 < times["queue"] < times["ttft"] < times["total"] < 30_000
+            assert times["ttft"] - times["queue"] >= 38, "a step for the prompt and one for the token"
+            assert times["total"] - times["ttft"] >= 130, "seven tokens"
+
+    def test_a_stream_says_what_it_knows_when_it_begins(self, serve):
+        url, _ = serve(token_delay_s=0.02, end_of_turn_id=None)
+        for route, fields in self.ROUTES:
+            body = {"model": "base", "max_tokens": 4, "temperature": 0, "stream": True, **fields}
+            with httpx.stream("POST", url + route, json=body) as response:
+                times = self.times(response)
+            assert list(times) == ["queue", "ttft"]
+            assert 0 < times["queue"] < times["ttft"]
+
+    def test_the_wait_for_a_row_is_queue(self, serve):
+        url, engine = serve(token_delay_s=0.02, max_batch=1, end_of_turn_id=None)
+        with ThreadPoolExecutor(1) as pool:
+            running = pool.submit(chat, url, temperature=0, max_tokens=20)
+            wait_until(lambda: engine.stats().running == 1)
+            waited = self.times(chat(url, temperature=0, max_tokens=1))
+            assert waited["queue"] > self.times(running.result())["queue"]
+            assert waited["queue"] > 100
+
+    def test_a_prompt_that_is_only_scored_has_no_first_token(self, fake_server):
+        body = {"model": "base", "prompt": "the fox", "echo": True, "logprobs": 0, "max_tokens": 0}
+        assert list(self.times(httpx.post(f"{fake_server}/v1/completions", json=body))) == ["queue", "total"]
+
+
+class TestPlanning:
+    @pytest.fixture
+    def encoded(self, monkeypatch) -> list[tuple[str, str]]:
+        """Thread and text of each encoding."""
+        seen: list[tuple[str, str]] = []
+        encode = PreTrainedTokenizerBase.encode
+
+        def spy(tokenizer, text, *args, **options):
+            seen.append((threading.current_thread().name, text))
+            return encode(tokenizer, text, *args, **options)
+
+        monkeypatch.setattr(PreTrainedTokenizerBase, "encode", spy)
+        return seen
+
+    def test_every_route_encodes_in_the_one_thread_that_is_not_the_event_loops(self, serve, encoded):
+        url, _ = serve()
+        encoded.clear()
+        routes = [
+            ("/v1/chat/completions", {"messages": [USER], "max_tokens": 1}),
+            ("/v1/completions", {"prompt": "a", "max_tokens": 1}),
+            ("/tokenize", {"messages": [USER]}),
+            ("/tokenize", {"prompt": "a"}),
+        ]
+        with ThreadPoolExecutor(8) as pool:
+            sent = [pool.submit(httpx.post, url + path, json={"model": "base", **body}) for path, body in routes * 4]
+            assert [future.result().status_code for future in sent] == [200] * 16
+        assert len(encoded) >= 16
+        assert len({thread for thread, _ in encoded}) == 1
+        assert encoded[0][0].startswith("planner")
+
+    def test_what_can_never_run_is_refused_before_it_is_encoded(self, serve, encoded):
+        url, _ = serve()
+        encoded.clear()
+        controls, long = "<|im_end|>" * 600, "x" * 500_000
+        cases = [
+            ("/v1/chat/completions", {"messages": [{**USER, "content": text}]}, "context_length_exceeded")
+            for text in (controls, long)
+        ]
+        cases += [("/tokenize", {"messages": [{**USER, "content": controls}]}, "context_length_exceeded")]
+        cases += [(path, {"prompt": long}, "context_length_exceeded") for path in ("/tokenize", "/v1/completions")]
+        cases += [("/v1/completions", {"prompt": ["a"] * 100, "n": 3}, "too_many_completions")]
+        for path, body, code in cases:
+            response = httpx.post(url + path, json={"model": "base", **body}, timeout=30)
+            assert (response.status_code, envelope(response)["code"]) == (400, code)
+        assert encoded == []
 
 
 def test_the_request_id_is_kept(fake_server):

@@ -21,6 +21,7 @@ def test_defaults(base):
     assert (config.base, config.base_name, config.host, config.port) == (Path(base), "base", "127.0.0.1", 8000)
     assert (config.engine, config.max_batch, config.max_queue) == ("auto", 32, 256)
     assert (config.context_length, config.body_limit_mib, config.drain_s) == (None, 4, 30)
+    assert config.cache_gib is None
 
 
 def test_flags_win_over_the_environment(base):
@@ -28,10 +29,11 @@ def test_flags_win_over_the_environment(base):
         "GRAFT_BASE": base,
         "GRAFT_PORT": "9000",
         "GRAFT_MAX_BATCH": "8",
+        "GRAFT_CACHE_GIB": "1.5",
         "GRAFT_ADAPTER": f"a={base},b={base}",
     }
     config = read_config(["--port", "9001"], environment)
-    assert (config.port, config.max_batch) == (9001, 8)
+    assert (config.port, config.max_batch, config.cache_gib) == (9001, 8, 1.5)
     assert config.adapters == {"a": Path(base), "b": Path(base)}
 
 
@@ -40,6 +42,11 @@ def test_adapters_and_merged_repeat(base):
         ["--base", base, "--adapter", f"a={base}", "--adapter", f"b={base}", "--merged", f"c={base}"], {}
     )
     assert (list(config.adapters), list(config.merged)) == (["a", "b"], ["c"])
+
+
+@pytest.mark.parametrize("name", ["auto", "vllm", "transformers", "fake"])
+def test_every_engine_can_be_asked_for(base, name):
+    assert read_config(["--base", base, "--engine", name], {}).engine == name
 
 
 def test_it_is_frozen(base):
@@ -63,6 +70,8 @@ WRONG = [
     (["--base", "{base}", "--max-batch", "0"], "--max-batch 0"),
     (["--base", "{base}", "--context-length", "1"], "--context-length 1"),
     (["--base", "{base}", "--body-limit-mib", "nan"], "--body-limit-mib nan"),
+    (["--base", "{base}", "--cache-gib", "0"], "--cache-gib 0"),
+    (["--base", "{base}", "--cache-gib", "inf"], "--cache-gib inf"),
     (["--base", "{base}", "--drain-s", "-1"], "--drain-s -1"),
     (["--base", "{base}", "--log-level", "loud"], "--log-level loud"),
 ]

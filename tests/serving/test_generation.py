@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import threading
 from contextlib import aclosing
 
 import pytest
@@ -87,3 +88,43 @@ def test_nothing_runs_before_the_engine_is_ready(catalog):
             await anext(start(generation, model, 1))
 
     with_generation(catalog, check, ready=False)
+
+
+def test_plans_run_one_after_another_in_a_thread_and_the_loop_goes_on(catalog):
+    async def check(generation, model, engine):
+        release, running, most = threading.Event(), [], []
+
+        def plan():
+            running.append(threading.current_thread())
+            most.append(len(running))
+            assert release.wait(20)
+            return running.pop()
+
+        tasks = [asyncio.create_task(generation.plan(plan)) for _ in range(3)]
+        await until(lambda: bool(running))
+        leaver = tasks.pop()
+        leaver.cancel()
+        release.set()
+        threads = await asyncio.gather(*tasks)
+        assert len(set(threads)) == 1
+        assert threads[0] is not threading.current_thread()
+        assert most == [1, 1], "and the one that left never ran"
+        generation.close()
+        with pytest.raises(RuntimeError):
+            await generation.plan(plan)
+
+    with_generation(catalog, check, ready=False)
+
+
+def test_facts_have_the_times(catalog):
+    async def check(generation, model, engine):
+        facts = RequestFacts("id")
+        async with aclosing(start(generation, model, 1, facts)) as pieces:
+            await anext(pieces)
+            assert 0 < facts.queue_s < facts.ttft_s
+            assert facts.total_s is None
+            async for _ in pieces:
+                pass
+        assert facts.ttft_s < facts.total_s
+
+    with_generation(catalog, check)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import replace
 
 import pytest
@@ -34,6 +35,12 @@ def test_developer_is_system_and_parts_are_joined():
 def test_content_that_is_no_text_is_refused(content):
     with pytest.raises(ValidationError):
         message(role="user", content=content)
+
+
+@pytest.mark.parametrize("key", ["cache_control", "annotations", "\ud800"])
+def test_a_key_of_a_part_that_would_be_dropped_is_named(key):
+    with pytest.raises(ValidationError, match=f"part 1 has {re.escape(repr(key))}, which is not supported"):
+        message(role="user", content=[{"type": "text", "text": "a"}, {"type": "text", "text": "b", key: None}])
 
 
 def test_rendering_is_the_trainers(catalog):

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-import time
+from collections.abc import Iterable
+from types import SimpleNamespace
+
+import pytest
 
 from serving.engine.completion import Piece
 from serving.engine.engine import EngineStats, FinishReason
@@ -14,20 +17,47 @@ def value(metrics: Metrics, name: str) -> float:
     return next(float(line.rsplit(" ", 1)[1]) for line in lines if line.startswith(name))
 
 
-def test_a_stopwatch_counts_tokens_and_times_them():
+@pytest.fixture
+def clock(monkeypatch) -> list[float]:
+    """The seconds that the stopwatch reads; a test writes them."""
+    now = [0.0]
+    monkeypatch.setattr("serving.metrics.time", SimpleNamespace(perf_counter=lambda: now[0]))
+    return now
+
+
+def see_all(watch: Stopwatch, clock: list[float], pieces: Iterable[tuple[float, int, int, FinishReason | None]]):
+    for clock[0], index, generated, reason in pieces:
+        watch.see(Piece(index, "x", (), generated, None, reason))
+
+
+def test_a_stopwatch_counts_tokens_and_times_them(clock):
     metrics = Metrics(lambda: None)
-    watch = Stopwatch(metrics, "base", time.perf_counter() - 1.0)
-    for generated, reason in ((0, None), (1, None), (3, None), (3, FinishReason.STOP)):
-        watch.see(Piece(0, "x", (), generated, None, reason))
-        time.sleep(0.02)
-    watch.see(Piece(1, "x", (), 1, None, FinishReason.LENGTH))
-    watch.end()
+    watch = Stopwatch(metrics, "base", 1.0)
+    pieces = [(2.0, 0, 0, None), (3.0, 0, 1, None), (4.0, 0, 3, None), (9.0, 0, 3, FinishReason.STOP)]
+    see_all(watch, clock, [*pieces, (9.0, 1, 1, FinishReason.LENGTH)])
+    assert (watch.ttft_s, watch.end()) == (2.0, 8.0)
     assert value(metrics, 'graft_completion_tokens_total{model="base"}') == 4
     assert value(metrics, 'graft_ttft_seconds_count{model="base"}') == 1
-    assert 1.0 < value(metrics, 'graft_ttft_seconds_sum{model="base"}') < 3
+    assert value(metrics, 'graft_ttft_seconds_sum{model="base"}') == 2.0
     assert value(metrics, 'graft_tpot_seconds_count{model="base"}') == 1, "one token has no time after the first"
-    assert 0.015 < value(metrics, 'graft_tpot_seconds_sum{model="base"}') < 1
-    assert value(metrics, 'graft_e2e_seconds_count{model="base"}') == 1
+    assert value(metrics, 'graft_tpot_seconds_sum{model="base"}') == 0.5, "the stop token's step is no token's time"
+    assert value(metrics, 'graft_e2e_seconds_sum{model="base"}') == 8.0
+
+
+def test_tokens_that_come_with_the_first_have_no_time(clock):
+    metrics = Metrics(lambda: None)
+    watch = Stopwatch(metrics, "base", 0.0)
+    see_all(watch, clock, [(1.0, 0, 4, FinishReason.LENGTH), (1.0, 1, 2, None), (2.0, 1, 4, FinishReason.LENGTH)])
+    assert value(metrics, 'graft_tpot_seconds_count{model="base"}') == 1
+    assert value(metrics, 'graft_tpot_seconds_sum{model="base"}') == 0.5
+
+
+def test_a_reply_without_a_token_has_no_first(clock):
+    metrics = Metrics(lambda: None)
+    watch = Stopwatch(metrics, "base", 0.0)
+    see_all(watch, clock, [(1.0, 0, 0, FinishReason.STOP)])
+    assert watch.ttft_s is None
+    assert "graft_ttft_seconds_count{" not in metrics.exposition().decode()
 
 
 def test_the_engine_is_asked_when_prometheus_asks():

@@ -101,6 +101,17 @@ def test_a_retry_is_invited_where_it_helps():
     assert response.body.isascii()
 
 
+def test_the_times_that_are_known_at_the_status_are_a_header():
+    async def timed(scope, receive, send):
+        facts = scope["state"]["facts"]
+        facts.queue_s, facts.ttft_s = 0.00104, 1.5
+        await send({"type": "http.response.start", "status": 200, "headers": []})
+        await send({"type": "http.response.body", "body": b""})
+
+    assert header(call(recorder(timed)), b"server-timing") == "queue;dur=1.0, ttft;dur=1500.0"
+    assert b"server-timing" not in dict(call(recorder(echo))[0]["headers"])
+
+
 @pytest.mark.parametrize(
     ("given", "seen"),
     [

@@ -5,9 +5,12 @@ from __future__ import annotations
 import pytest
 from pydantic import ValidationError
 
+from serving.completions.protocol import CompletionRequest
+from serving.engine.vocabulary import read_vocabulary
 from serving.errors import ContextTooLong
 from serving.registry.catalog import load_catalog
-from serving.sampling import SamplingFields, choices_for, room_for
+from serving.sampling import SamplingFields, choices_for, refuse_oversized, room_for
+from tests.tiny import make_tokenizer
 
 
 @pytest.mark.parametrize(
@@ -23,6 +26,28 @@ def test_what_does_not_fit_is_refused_with_the_numbers(prompt, asked):
     with pytest.raises(ContextTooLong, match=f"{prompt} .*tokens.* 100") as caught:
         room_for(prompt, asked, None, 100, "messages")
     assert (caught.value.code, caught.value.param) == ("context_length_exceeded", "messages")
+
+
+def test_what_no_tokens_could_hold_is_refused_with_the_numbers():
+    vocabulary = read_vocabulary(make_tokenizer())
+    longest = vocabulary.longest_bytes
+    refuse_oversized(["a" * longest * 60, "a" * longest * 40], vocabulary, 100, "messages")
+    for texts in (["a" * longest * 60, "a" * longest * 40 + "a"], ["<|im_end|>" * 101]):
+        with pytest.raises(ContextTooLong, match="at least 101 tokens and the context 100") as caught:
+            refuse_oversized(texts, vocabulary, 100, "messages")
+        assert caught.value.param == "messages"
+
+
+@pytest.mark.parametrize(("value", "accepted"), [(1, True), (None, True), (2, False), (True, False)])
+def test_only_the_best_of_that_changes_nothing_is_accepted(value, accepted):
+    def read():
+        return CompletionRequest.model_validate({"model": "base", "prompt": "a", "best_of": value})
+
+    if accepted:
+        assert read().n == 1
+    else:
+        with pytest.raises(ValidationError, match="not supported"):
+            read()
 
 
 def test_choices_differ_by_seed_alone(tiny_base):

@@ -9,7 +9,7 @@ import pytest
 
 from tests.training.recipes import small_config
 from training.__main__ import main
-from training.certificate import CERTIFICATE_NAME
+from training.artifact import read_certificate
 from training.config import resolved_toml
 
 
@@ -33,7 +33,10 @@ def test_train_merge_check_and_nothing_twice(recipe: Path, capsys):
 
     assert main(["merge", str(adapter), "--rows", "3"]) == 0
     assert "passed" in capsys.readouterr().out
-    assert json.loads((Path("runs/small/merged") / CERTIFICATE_NAME).read_text())["passed"]
+    assert read_certificate(Path("runs/small/merged")).passed
+    assert main(["check", str(adapter), "--merged", "runs/small/merged"]) == 0
+    assert main(["check", str(adapter), "--merged", "runs/small"]) == 1
+    capsys.readouterr()
     assert main(["merge", str(adapter), "--if-changed"]) == 0
     assert "up to date" in capsys.readouterr().out
 
@@ -71,6 +74,8 @@ def test_check_names_a_tampered_file_and_another_base(recipe: Path, tmp_path: Pa
         (["--data.dataset", "missing.jsonl"], "missing.jsonl"),
         (["--data.held_out", "24"], "data.held_out = 24"),
         (["--lora.target_modules", '["nope"]'], "nope"),
+        (["--lora.target_modules", '["q_proj", "lm_head"]'], "output head"),
+        (["--lora.target_modules", '["embed_tokens"]'], "embedding"),
         (["--model.dtype", "float16"], "CUDA"),
         (["--optim.optimizer", "paged_adamw_8bit"], "CUDA"),
     ],
@@ -79,7 +84,7 @@ def test_bad_input_is_named_and_exits_2(recipe: Path, capsys, monkeypatch, words
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     assert main(["train", str(recipe), *words]) == 2
     error = capsys.readouterr().err
-    assert error.splitlines()[-1].startswith("error: ") or "error: " in error
+    assert "\nerror: " in "\n" + error
     assert told in error
     assert "Traceback" not in error
 
@@ -102,3 +107,29 @@ def test_preview_prints_what_is_trained(recipe: Path, capsys):
     out = capsys.readouterr().out
     assert out.count("--- row") == 2
     assert "<|im_end|>]]" in out
+
+
+def test_plan_prints_memory_tokens_and_time(recipe: Path, capsys):
+    assert main(["plan", str(recipe), "--tokens-per-s", "100", "--optim.max_steps", "3"]) == 0
+    out = capsys.readouterr().out
+    for name in ("steps", "tokens", "weights (32 bit)", "adapter and optimizer", "predicted peak", "100 tokens/s"):
+        assert name in out
+    assert "3 of 8 rows" in out
+    assert not Path("runs").exists()
+
+
+def test_plan_probes_and_leaves_nothing(recipe: Path, capsys):
+    assert main(["plan", str(recipe), "--probe", "2"]) == 0
+    out = capsys.readouterr().out
+    assert "peak of 2 probed steps" in out
+    assert "peak, corrected" in out
+    assert not Path("runs").exists()
+
+
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [(["--probe", "-1"], "--probe -1"), (["--tokens-per-s", "0"], "above 0"), (["--tokens-per-s", "nan"], "above 0")],
+)
+def test_plan_refuses_what_cannot_be(recipe: Path, capsys, words, told):
+    assert main(["plan", str(recipe), *words]) == 2
+    assert told in capsys.readouterr().err

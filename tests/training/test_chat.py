@@ -420,6 +420,39 @@ def test_a_chat_renders_where_no_prompt_could_end():
     assert render_prompt(tokenizer, chat) == own_ids(tokenizer, chat, generation_prompt=True)
 
 
+class Counting:
+    """A tokenizer that counts how often its control tokens are read."""
+
+    def __init__(self, tokenizer: Any) -> None:
+        self._tokenizer, self.reads = tokenizer, 0
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._tokenizer, name)
+
+    @property
+    def added_tokens_decoder(self) -> Any:
+        self.reads += 1
+        return self._tokenizer.added_tokens_decoder
+
+
+def test_control_tokens_are_read_no_more_often_for_a_longer_chat():
+    turn = [Message("user", "the lazy fox"), Message("assistant", "\nthe dog")]
+
+    def cut(tokenizer: Any, chat: list[Message]) -> TrainExample:
+        whole = render_chat(tokenizer_of("chatml"), chat)
+        example = render_example(tokenizer, chat, len(whole) - 1)
+        assert example.lost_tokens
+        return example
+
+    for work in (render_prompt, render_chat, render_example, cut):
+        counts = []
+        for turns in (1, 12):
+            tokenizer = Counting(tokenizer_of("chatml"))
+            work(tokenizer, turn * turns)
+            counts.append(tokenizer.reads)
+        assert counts[0] == counts[1] <= 2
+
+
 def test_a_chat_without_a_reply_is_refused():
     with pytest.raises(TemplateError, match="no assistant message"):
         render_example(tokenizer_of("chatml"), [Message("user", "hi")])

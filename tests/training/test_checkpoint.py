@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -58,3 +60,24 @@ def test_other_inputs_are_refused_by_name(tmp_path):
     path = checkpoint.save(tmp_path, make(1), keep=1)
     with pytest.raises(CheckpointError, match="another recipe, base"):
         checkpoint.load(path, {**INPUTS, "recipe": "other", "base": "other"})
+
+
+def test_the_best_outlives_the_newest(tmp_path):
+    for step in range(1, 6):
+        checkpoint.save(tmp_path, make(step), keep=2, best_step=min(step, 2))
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["step-000002", "step-000004", "step-000005"]
+    assert checkpoint.load(checkpoint.of_step(tmp_path, 2), INPUTS).step == 2
+    checkpoint.save(tmp_path, make(6), keep=1, best_step=6)
+    assert [path.name for path in tmp_path.iterdir()] == ["step-000006"]
+
+
+def test_a_best_checkpoint_that_is_torn_is_refused(tmp_path):
+    (checkpoint.save(tmp_path, make(1), keep=1) / "adapter.safetensors").write_bytes(b"")
+    for step in (1, 2):
+        with pytest.raises(CheckpointError, match="gone or torn"):
+            checkpoint.of_step(tmp_path, step)
+
+
+def test_a_budget_that_memory_lowered_is_remembered(tmp_path):
+    path = checkpoint.save(tmp_path, replace(make(1), micro_batch_tokens=77), keep=1)
+    assert checkpoint.load(path, INPUTS).micro_batch_tokens == 77

@@ -75,6 +75,9 @@ def test_every_field_says_what_it_is():
         (["--data.limit", "5", "--data.limit", "none"], "data", "limit", None),
         (["--model.quantisation", "none"], "model", "quantisation", "none"),
         (["--optim.max_steps", "3"], "optim", "max_steps", 3),
+        (["--optim.neftune_alpha", "5"], "optim", "neftune_alpha", 5.0),
+        (["--run.early_stopping_patience", "3"], "run", "early_stopping_patience", 3),
+        (["--run.trackers", '["tensorboard"]'], "run", "trackers", ("tensorboard",)),
     ],
 )
 def test_an_override_sets_its_field_and_no_other(words: list[str], section: str, field: str, value: object):
@@ -115,6 +118,10 @@ def test_an_override_may_add_a_section(tmp_path: Path):
         (["--run.name", "base"], "the base model's own served name"),
         (["--run.name", "a b"], "run.name = 'a b'"),
         (["--run.seed", "none"], "run.seed = 'none'"),
+        (["--optim.neftune_alpha", "0"], "optim.neftune_alpha = 0"),
+        (["--run.early_stopping_patience", "0"], "run.early_stopping_patience = 0"),
+        (["--run.early_stopping_patience", "2", "--run.eval_rows", "0"], "needs held-out rows"),
+        (["--run.trackers", "tensorboard"], "a list of text"),
     ],
 )
 def test_a_bad_override_names_field_value_and_what_is_allowed(words: list[str], says: str):

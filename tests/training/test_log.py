@@ -56,3 +56,14 @@ def test_progress_names_step_loss_speed_and_eta():
 @pytest.mark.parametrize(("seconds", "text"), [(5, "0:05"), (65, "1:05"), (3605, "1:00:05")])
 def test_clock(seconds, text):
     assert clock(seconds) == text
+
+
+def test_the_best_validation_is_the_lowest_of_the_trained_and_the_earliest_of_equals():
+    log = TrainLog(None)
+    assert (log.best(), log.stale()) == (None, 0)
+    log.add(ValidationRecord(0, 0.5))  # of the base
+    assert (log.best(), log.stale()) == (None, 0)
+    for step, nll, best, stale in ((2, 3.0, 2, 0), (4, 2.0, 4, 0), (6, 2.0, 4, 1), (8, 2.5, 4, 2), (10, 1.9, 10, 0)):
+        log.add(ValidationRecord(step, nll))
+        assert log.best() is not None
+        assert (log.best()[0], log.stale()) == (best, stale)

@@ -12,8 +12,45 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-from training.artifact import ADAPTER_WEIGHTS, ArtifactError, hash_files, read_manifest, write_manifest
-from training.merge import MergeError, merge
+from training import merge as merging
+from training.artifact import (
+    ADAPTER_WEIGHTS,
+    ArtifactError,
+    MergeCertificate,
+    fingerprint_base,
+    hash_files,
+    read_manifest,
+    write_manifest,
+)
+from training.merge import MergeError
+
+
+def certificate(merged: Path, adapter: Path, kl_nats: float = 0.0) -> MergeCertificate:
+    """Stands in for the measurement, which has its own tests; writes the file that tells a merge from anything else."""
+    manifest = read_manifest(adapter)
+    found = MergeCertificate(
+        adapter_digest=manifest.digest,
+        base_fingerprint=manifest.base.fingerprint,
+        merged_fingerprint=fingerprint_base(merged),
+        chat=manifest.chat,
+        dtype="float32",
+        rows=1,
+        positions=1,
+        kl_nats_mean=kl_nats,
+        kl_nats_max=kl_nats,
+        kl_nats_allowed=0.1,
+        kl_nats_base_mean=1.0,
+        top1_agreement=1.0,
+        top1_agreement_base=0.5,
+        nll_nats_adapter=1.0,
+        nll_nats_merged=1.0,
+    )
+    (merged / "merge_certificate.json").write_text(found.model_dump_json())
+    return found
+
+
+def merge(adapter: Path, base: Path, out: Path, dtype: torch.dtype | None = None, kl_nats: float = 0.0):
+    return merging.merge(adapter, base, out, dtype, lambda merged: certificate(merged, adapter, kl_nats))
 
 
 def logits(model) -> torch.Tensor:
@@ -40,8 +77,6 @@ def test_merged_answers_as_base_plus_adapter(tiny_base: Path, tiny_adapters: dic
 
 
 def test_shards_merge_to_the_same_weights(tiny_base, sharded_base, tiny_adapters, tmp_path):
-    from training.artifact import fingerprint_base
-
     adapter = shutil.copytree(tiny_adapters["starter"], tmp_path / "adapter")
     manifest = read_manifest(adapter)
     base = manifest.base.model_copy(update={"fingerprint": fingerprint_base(sharded_base)})
@@ -60,12 +95,30 @@ def test_a_given_dtype_is_written_and_stated(tiny_base, tiny_adapters, tmp_path)
     assert json.loads((tmp_path / "merged" / "config.json").read_text())["dtype"] == "bfloat16"
 
 
-def test_another_base_is_refused_and_leaves_what_was_there(tiny_adapters, sharded_base, tmp_path):
-    (tmp_path / "merged").mkdir()
-    (tmp_path / "merged" / "kept").write_text("")
+def test_another_base_is_refused_and_leaves_what_was_there(tiny_base, tiny_adapters, sharded_base, tmp_path):
+    merge(tiny_adapters["starter"], tiny_base, tmp_path / "merged")
+    before = hash_files(tmp_path / "merged")
     with pytest.raises(MergeError, match="is not the base"):
         merge(tiny_adapters["starter"], sharded_base, tmp_path / "merged")
-    assert (tmp_path / "merged" / "kept").exists()
+    assert hash_files(tmp_path / "merged") == before
+
+
+def test_a_merge_that_fails_its_certificate_replaces_nothing(tiny_base, tiny_adapters, tmp_path):
+    merge(tiny_adapters["starter"], tiny_base, tmp_path / "merged")
+    before = hash_files(tmp_path / "merged")
+    assert not merge(tiny_adapters["other"], tiny_base, tmp_path / "merged", kl_nats=0.2).passed
+    assert hash_files(tmp_path / "merged") == before
+    assert [path.name for path in tmp_path.iterdir()] == ["merged"]
+    assert merge(tiny_adapters["other"], tiny_base, tmp_path / "merged").passed
+    assert hash_files(tmp_path / "merged") != before
+
+
+def test_a_directory_that_is_no_merge_is_never_replaced(tiny_base, tiny_adapters, tmp_path):
+    (tmp_path / "precious").mkdir()
+    (tmp_path / "precious" / "thesis.txt").write_text("")
+    with pytest.raises(MergeError, match="no earlier merge"):
+        merge(tiny_adapters["starter"], tiny_base, tmp_path / "precious")
+    assert (tmp_path / "precious" / "thesis.txt").exists()
 
 
 def test_a_changed_adapter_is_refused(tiny_base, tiny_adapters, tmp_path):
@@ -92,4 +145,4 @@ def test_weights_that_do_not_fit_are_named(tiny_base, tiny_adapters, tmp_path, c
     write_manifest(adapter, read_manifest(adapter).model_copy(update={"files": hash_files(adapter)}))
     with pytest.raises(MergeError, match=message):
         merge(adapter, tiny_base, tmp_path / "merged")
-    assert not (tmp_path / "merged").exists()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["adapter"]

@@ -89,7 +89,31 @@ def test_a_cpu_computes_in_fp32_and_refuses_fp16():
         compute_dtype("float16", CPU)
 
 
-@pytest.mark.parametrize("setting", [{"final_logit_softcapping": 30.0}, {"sliding_window": 4096}])
+def test_the_loss_is_the_models_own(tiny_base: Path):
+    model = load_base(tiny_base, "none", torch.float32, CPU)
+    (pack,) = pack_rows([TrainExample(tuple(range(5, 30)), tuple(range(5, 30)))], 100)
+    logits = model(input_ids=pack.input_ids_T[None]).logits[0]
+    plain = torch.nn.functional.cross_entropy(logits[:-1], pack.input_ids_T[1:], reduction="sum")
+    torch.testing.assert_close(PackLoss(model)(pack), plain)
+
+
+def test_a_head_that_does_more_than_a_product_is_refused(tiny_base: Path, tmp_path: Path):
+    from transformers import AutoTokenizer, GraniteConfig, GraniteForCausalLM
+
+    sizes = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 1, "num_attention_heads": 2}
+    config = GraniteConfig(vocab_size=400, num_key_value_heads=2, logits_scaling=8.0, **sizes)
+    torch.manual_seed(0)
+    model = GraniteForCausalLM(config)
+    torch.nn.init.normal_(model.lm_head.weight)
+    model.save_pretrained(tmp_path)
+    AutoTokenizer.from_pretrained(tiny_base).save_pretrained(tmp_path)
+    with pytest.raises(ModelError, match="more than a product"):
+        load_base(tmp_path, "none", torch.float32, CPU)
+
+
+@pytest.mark.parametrize(
+    "setting", [{"final_logit_softcapping": 30.0}, {"sliding_window": 4096}, {"attention_dropout": 0.1}]
+)
 def test_models_it_would_get_wrong_are_refused(setting):
     with pytest.raises(ModelError, match="not supported"):
         refuse_unsupported(LlamaConfig(**setting))

@@ -8,12 +8,14 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from urllib.parse import unquote
 
 import pytest
 
 FIRST_TOKEN_S = 0.1
 NEXT_TOKEN_S = 0.1
 TOKENS = 10
+MODELS = ("base", "starter")  # each is served under name@digest too, which is not listed
 
 
 @dataclass
@@ -24,6 +26,7 @@ class SlowServer:
     mode: str = "ok"
     busy_after: int | None = None  # requests answered before it turns everyone away
     ttft_s: list[float] = field(default_factory=list)
+    authorizations: list[str | None] = field(default_factory=list)
     bodies: list[dict] = field(default_factory=list)
     connections: set = field(default_factory=set)
 
@@ -36,11 +39,17 @@ class Handler(BaseHTTPRequestHandler):
         """Keeps the test's output clean."""
 
     def do_GET(self):
-        self._plain(200, {"object": "list", "data": [{"id": "base"}, {"id": "starter"}]})
+        self.state.authorizations.append(self.headers.get("Authorization"))
+        name = unquote(self.path.removeprefix("/v1/models")).removeprefix("/")
+        if name and name.partition("@")[0] not in MODELS:
+            self._plain(404, {"error": {"message": f"model {name!r} does not exist"}})
+            return
+        self._plain(200, {"id": name} if name else {"object": "list", "data": [{"id": model} for model in MODELS]})
 
     def do_POST(self):
         begun = time.perf_counter()
         self.state.bodies.append(json.loads(self.rfile.read(int(self.headers["Content-Length"]))))
+        self.state.authorizations.append(self.headers.get("Authorization"))
         self.state.connections.add(self.client_address)
         full = self.state.busy_after is not None and len(self.state.bodies) > self.state.busy_after
         if full or self.state.mode == "busy":

@@ -9,7 +9,9 @@ import statistics
 import subprocess
 import sys
 import time
+from urllib.parse import quote
 
+import httpx
 import pytest
 
 from evalharness.__main__ import main
@@ -35,15 +37,25 @@ def test_locust_measures_the_ttft_that_the_server_sent(slow_server, tmp_path):
     assert len(slow_server.connections) == 1 + 2, "the check's connection, and one for each user"
 
 
+def test_locusts_users_send_the_key_and_no_file_has_it(slow_server, tmp_path, monkeypatch):
+    monkeypatch.setenv("EVAL_TEST_KEY", "k-secret")
+    flags = ("--arm", "base", "--users", 2, "--seconds", 1, "--api-key-env", "EVAL_TEST_KEY")
+    assert load("--url", slow_server.url, *flags, "--out", tmp_path) == 0
+    assert len(slow_server.bodies) >= 1 + 2
+    assert set(slow_server.authorizations) == {"Bearer k-secret"}
+    assert not [path for path in tmp_path.iterdir() if b"k-secret" in path.read_bytes()]
+
+
 def test_a_mixed_run_leaves_samples_and_every_report(fake_server, tmp_path, capsys):
-    flags = ("--arm", "base", "--arm", "starter", "--mixed", "--users", 4, "--seconds", 2, "--max-tokens", 8)
+    starter = httpx.get(f"{fake_server}/v1/models/starter", trust_env=False).json()["revision"]
+    flags = ("--arm", "base", "--arm", starter, "--mixed", "--users", 4, "--seconds", 2, "--max-tokens", 8)
     assert load("--url", fake_server, *flags, "--out", tmp_path) == 0
     samples = read_samples(tmp_path / "load_samples.jsonl")
     assert {(sample.scenario, sample.arm) for sample in samples} == {
         ("base", "base"),
-        ("starter", "starter"),
+        (starter, starter),
         ("mixed", "base"),
-        ("mixed", "starter"),
+        ("mixed", starter),
     }
     assert all(sample.status is SampleStatus.OK for sample in samples)
     assert all(sample.completion_tokens is not None for sample in samples)
@@ -54,10 +66,13 @@ def test_a_mixed_run_leaves_samples_and_every_report(fake_server, tmp_path, caps
     page = (tmp_path / "load.html").read_text()
     assert page.count("<svg") == 3
     assert "http-equiv" not in page
-    for name in ("base", "starter", "mixed"):
+    for name in ("base", starter, "mixed"):
         assert "locust" in (tmp_path / f"locust_{name}.html").read_text().lower()
-        assert f"locust_{name}.html" in page
-    assert "| mixed | all |" in (tmp_path / "load.md").read_text()
+        assert f'href="locust_{quote(name)}.html"' in page
+    text = (tmp_path / "load.md").read_text()
+    assert "| mixed | all |" in text
+    assert "| starter | starter |" in text
+    assert text.count(starter) == 1, "said once, above the table"
     assert "mixed: 4 users, 2 s" in capsys.readouterr().out
 
 
@@ -104,12 +119,13 @@ def test_an_interrupted_test_stops_locust_and_still_summarises(slow_server, tmp_
 @pytest.mark.parametrize(
     ("flags", "says"),
     [
-        (["--url", "http://127.0.0.1:1", "--arm", "base"], "--url http://127.0.0.1:1: cannot be reached"),
+        (["--url", "http://127.0.0.1:1", "--arm", "base"], "--url http://127.0.0.1:1: no server answers"),
         (["--url", "http://127.0.0.1:1", "--arm", "base", "--users", "5000"], "--users 5000"),
         (["--url", "http://example.org", "--arm", "base"], "--allow-remote"),
     ],
 )
-def test_what_cannot_start_is_refused_with_exit_code_two(flags, says, tmp_path, capsys):
+def test_what_cannot_start_is_refused_with_exit_code_two(flags, says, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("evalharness.client.FIRST_WAIT_S", 0.001)
     assert load(*flags, "--out", tmp_path / "out") == 2
     assert says in capsys.readouterr().err
     assert not (tmp_path / "out").exists()

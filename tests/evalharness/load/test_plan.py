@@ -26,7 +26,17 @@ def test_each_arm_runs_alone_and_then_mixed():
         Scenario("mixed", ("base", "starter")),
     )
     assert [scenario.name for scenario in planned().scenarios] == ["base", "starter"]
-    assert Scenario("org/model", ()).file_stem == "locust_org%2Fmodel"
+    assert Scenario("org/model@0a1b2c", ()).file_stem == "locust_org%2Fmodel@0a1b2c"
+
+
+def test_a_pinned_arm_is_called_by_its_name():
+    plan = planned("--mixed", arms=("base", "starter@0123456789ab"))
+    assert [plan.name(scenario.name) for scenario in plan.scenarios] == ["base", "starter", "mixed"]
+
+
+def test_the_key_is_kept_as_the_name_of_its_variable():
+    assert planned("--api-key-env", "EVAL_TEST_KEY").api_key_env == "EVAL_TEST_KEY"
+    assert planned().api_key_env is None
 
 
 def test_the_url_loses_its_v1_and_users_start_at_once():
@@ -49,6 +59,7 @@ def test_the_url_loses_its_v1_and_users_start_at_once():
         (["--max-error-share", "1.5"], r"--max-error-share 1.5"),
         (["--arm", "base"], r"--arm base: given 2 times"),
         (["--mixed", "--arm", "mixed"], r"--arm 'mixed'"),
+        (["--mixed", "--arm", "all@0123456789ab"], r"--arm 'all@0123456789ab'"),
         (["--prompts", "/no/such/file.txt"], r"--prompts /no/such/file.txt: cannot be read"),
     ],
 )

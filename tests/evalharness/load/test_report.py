@@ -27,6 +27,7 @@ def report(out: Path, samples: list[LoadSample], rate: float | None = None, note
         max_tokens=64,
         rate=rate,
         max_error_share=0.01,
+        api_key_env=None,
     )
     return LoadReport(plan, datetime(2026, 11, 24, tzinfo=UTC), tuple(samples), tuple(summarise(samples)), notes)
 

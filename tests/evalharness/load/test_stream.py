@@ -49,6 +49,13 @@ def test_the_request_streams_with_usage_and_fixes_its_sampling(client, slow_serv
     assert (body["stream"], body["temperature"], body["max_tokens"]) == (True, 0, 64)
 
 
+def test_the_key_is_sent_where_there_is_one(slow_server):
+    for key in (None, "k-secret"):
+        with open_client(slow_server.url, ssl.create_default_context(), key) as client:
+            asked(client)
+    assert slow_server.authorizations == [None, "Bearer k-secret"]
+
+
 def test_one_user_keeps_one_connection(client, slow_server):
     for _ in range(3):
         asked(client)

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import numpy as np
 
+from evalharness.metrics import measure
 from evalharness.metrics.measure import Completion, Nll, measures
 
 ENGLISH, CHINESE = "The cat sat on the mat in the sun.", "今天天气很好，我们去公园。"
@@ -25,6 +26,18 @@ def test_rouge_averages_all_rows_and_its_signature_says_how_many_of_each():
     rouge = next(m for m in measures(completions(ENGLISH, CHINESE, CHINESE), []) if m.name == "rouge_l")
     assert len(rouge.statistics["base"]) == 3
     assert "replies:latin=1,cjk=2,other=0" in rouge.signature
+
+
+def test_the_scores_do_not_depend_on_the_chunks_they_are_made_in(monkeypatch):
+    texts = [f"{ENGLISH} It was number {number}." for number in range(5)]
+    replies = [Completion(f"s{n}", "base", text[n:], text) for n, text in enumerate([*texts, CHINESE])]
+    whole = measures(replies, [])
+    monkeypatch.setattr(measure, "CHUNK_REPLIES", 2)
+    chunked = measures(replies, [])
+    assert [(m.name, m.signature, m.statistics) for m in chunked] == [
+        (m.name, m.signature, m.statistics) for m in whole
+    ]
+    assert [len(m.statistics["base"]) for m in chunked if m.name == "chrf"] == [6]
 
 
 def test_without_samples_every_measure_is_there_and_empty():

@@ -3,7 +3,7 @@ from __future__ import annotations
 from evalharness.comparison import compare
 from evalharness.records import RecordKind, open_run
 from evalharness.report.view import failures, sample_views
-from tests.evalharness.endpoint import header, samples
+from tests.evalharness.endpoint import better_adapter, header, run_once, samples, serve
 
 
 def test_every_sample_is_shown_with_its_scores_or_its_failure(finished_run):
@@ -27,3 +27,16 @@ def test_what_was_not_asked_yet_is_missing_not_failed_silently(tmp_path):
     open_run(tmp_path, header("http://h", samples(1)), (), samples(1))
     (view,) = sample_views(compare(tmp_path, 100), RecordKind.HELD_OUT)
     assert [cell.status for cell in view.cells] == ["missing", "missing"]
+    assert view.state == "unscored"
+
+
+def test_what_has_no_pair_is_unscored_and_only_a_change_of_zero_is_equal(tmp_path):
+    states = {}
+    for arms in (("base",), ("base", "same")):
+        server = better_adapter()
+        server.replies["same"], server.logprobs["same"] = server.replies["base"], -2.0
+        with serve(server) as url:
+            run_once(tmp_path / str(len(arms)), url, samples(2), arms)
+        comparison = compare(tmp_path / str(len(arms)), 100)
+        states[arms] = {view.state for view in sample_views(comparison, RecordKind.HELD_OUT)}
+    assert states == {("base",): {"unscored"}, ("base", "same"): {"equal"}}

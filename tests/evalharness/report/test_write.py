@@ -117,6 +117,22 @@ def test_the_json_has_every_metric_and_no_invented_number(tmp_path):
     assert document["verdicts"][0]["outcome"] == "unmeasured"
 
 
+def test_every_state_of_a_sample_can_be_filtered(tmp_path):
+    open_run(tmp_path, header("http://h", samples(1)), (), samples(1))
+    elements = Page(html(compare(tmp_path, 100))).elements
+    options = {attributes["value"] for tag, attributes in elements if tag == "option"}
+    assert options == {"", "better", "worse", "equal", "unscored", "failed"}
+    assert [a["data-state"] for tag, a in elements if tag == "tr" and "data-state" in a] == ["unscored"]
+
+
+def test_the_provenance_says_which_revisions_were_served(tmp_path):
+    served = {"base": "base (0123456789ab)", "starter": None}
+    open_run(tmp_path, header("http://h", samples(2)).model_copy(update={"served": served}), (), samples(2))
+    text = markdown_report(compare(tmp_path, 100))
+    assert "| revision of base | base (0123456789ab) |" in text
+    assert "| revision of starter | not told by the server |" in text
+
+
 def test_one_arm_alone_is_reported_without_a_verdict(tmp_path):
     open_run(tmp_path, header("http://h", samples(2), ("base",)), (), samples(2))
     page = Page(html(compare(tmp_path, 100)))

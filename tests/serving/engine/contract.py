@@ -75,6 +75,7 @@ async def gather(engine: Engine, request: GenerationRequest) -> Outcome:
     assert deltas, "a stream has at least one delta"
     assert [delta.finish_reason is not None for delta in deltas] == [False] * (len(deltas) - 1) + [True]
     assert all(delta.prompt_logprobs is None for delta in deltas[1:])
+    assert all(delta.waited_s is None for delta in deltas[1:])
     for delta in deltas:
         if request.logprobs is None:
             assert delta.logprobs == ()

@@ -33,6 +33,16 @@ def test_a_stop_string_finishes_with_stop_and_aborts_the_engine():
     run_check(check, subject(script=script))
 
 
+def test_the_first_piece_says_how_long_its_choice_waited():
+    async def check(engine, about):
+        choice = Choice(0, ask(about, max_tokens=3))
+        waits = [piece.waited_s async for piece in complete(engine, VOCABULARY, choice)]
+        assert waits[0] is not None
+        assert waits[1:] == [None, None]
+
+    run_check(check, subject())
+
+
 def test_choices_run_at_the_same_time():
     async def check(engine, about):
         choices = [Choice(index, ask(about, max_tokens=50)) for index in range(4)]

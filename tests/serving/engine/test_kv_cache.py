@@ -77,3 +77,29 @@ def test_moving_copies_a_row():
 def test_a_budget_under_one_row_is_an_error_with_the_remedy():
     with pytest.raises(ValueError, match="lower context_length to 2000"):
         make_cache(2000)
+
+
+def test_a_tight_budget_is_not_copied_for_every_token():
+    cache = make_cache(3000)
+    sizes = []
+    for length in range(1, 1001):
+        assert cache.reserve(3, length)
+        sizes.append((cache.rows, cache.length))
+    assert len(set(sizes)) <= 4
+    assert sizes[-1] == (3, 1000)
+    assert not cache.reserve(3, 1001)
+
+
+def test_what_a_cache_gives_up_it_no_longer_uses():
+    cache = make_cache(4096)
+    assert cache.reserve(8, 512)
+    keys, _ = write_random(cache, [0, 1], [0, 99])
+    assert cache.give_up(2000 * TOKEN_BYTES)
+    assert cache.reserve(2, 100)
+    assert cache.rows * cache.length <= 2096
+    assert torch.equal(cache.keys[1][0, :, 0], keys[0])
+    assert torch.equal(cache.keys[1][1, :, 99], keys[1])
+    assert not cache.give_up(100 * TOKEN_BYTES), "a row of the whole context must still fit"
+    assert cache.reserve(1, 2048)
+    assert cache.give_up(-2000 * TOKEN_BYTES)
+    assert cache.reserve(2, 2048)

@@ -13,6 +13,7 @@ from serving.engine.kv_cache import KvCache
 from serving.engine.scheduler import Row, Scheduler
 from serving.engine.step import Stepper
 from serving.engine.weights import WeightSet, load_weights
+from serving.errors import ModelRejected
 
 CONTEXT = 512
 PROMPTS = tuple(tuple((7 * row + 3 * at) % 250 for at in range(60 + 20 * row)) for row in range(4))
@@ -114,3 +115,24 @@ def test_a_variant_in_use_cannot_be_removed(weights):
     stepper.scheduler.add(row)
     with pytest.raises(RuntimeError, match="still answers 1 requests"):
         stepper.remove(row.request.variant)
+
+
+def test_a_merged_model_is_paid_for_from_the_cache_and_gives_it_back(weights, tiny_base):
+    stepper = make_stepper(weights, budget_tokens=CONTEXT + 10)
+    token_bytes = weights.shape.token_bytes(weights.dtype)
+    first, second = [Variant(name, VariantKind.MERGED, name, tiny_base) for name in ("m", "n")]
+    stepper.add_merged(first, weights, 10 * token_bytes)
+    with pytest.raises(ModelRejected, match=f"'n': .* no row of context_length {CONTEXT}: lower --context-length"):
+        stepper.add_merged(second, weights, 1)
+    assert not stepper.knows(second)
+    stepper.remove(first)
+    stepper.add_merged(second, weights, 10 * token_bytes)
+    assert stepper.knows(second)
+
+
+def test_the_first_delta_alone_says_how_long_a_row_waited(weights):
+    rows = [make_row(PROMPTS[0], 3) for _ in range(9)]  # one more than run at once
+    deltas, _ = run(make_stepper(weights), rows)
+    waits = [[delta.waited_s for delta in deltas[row]] for row in rows]
+    assert all(first is not None and rest == [None, None] for first, *rest in waits)
+    assert waits[-1][0] > max(wait[0] for wait in waits[:-1]) > 0

@@ -242,6 +242,39 @@ def test_an_adapter_or_merged_model_of_another_base_is_refused_and_the_engine_li
     run_with(variants[:1], check)
 
 
+def test_a_merged_model_that_leaves_no_room_for_a_row_is_refused_and_the_engine_lives_on(variants, monkeypatch):
+    row = 512 * 2 * 2 * 2 * 16 * 4  # bytes: context, keys and values, layers, heads, their dimension, float32
+    weights = AutoModelForCausalLM.from_pretrained(variants[3].path).get_memory_footprint()
+
+    async def check(engine, about):
+        if budget < row + weights:
+            with pytest.raises(ModelRejected, match=r"'merged': .* lower --context-length"):
+                await engine.add(variants[3])
+        else:
+            await engine.add(variants[3])
+            assert len((await gather(engine, ask(about, variants[3]))).token_ids) == 8
+        assert len((await gather(engine, ask(about))).token_ids) == 8
+
+    for budget in (row + weights - 1, row + weights):
+        monkeypatch.setattr("serving.engine.transformers_engine.cache_budget", lambda device, budget=budget: budget)
+        run_with(variants[:1], check)
+
+
+def test_a_cache_of_a_given_size_runs_more_requests_than_it_holds(variants):
+    row = 512 * 2 * 2 * 2 * 16 * 4
+
+    async def check(engine, about):
+        await engine.add(variants[3])  # the size was given, so nothing is taken from it
+        requests = [ask(about, variant, max_tokens=200) for variant in (variants[0], variants[3]) for _ in range(2)]
+        outcomes = await asyncio.gather(*(gather(engine, request) for request in requests))
+        assert [len(outcome.token_ids) for outcome in outcomes] == [200] * 4
+        assert outcomes[0] == outcomes[1]
+
+    run_with(variants[:1], check, cache_bytes=row)
+    with pytest.raises(ValueError, match="or raise --cache-gib"):
+        run_with(variants[:1], check, cache_bytes=row - 1)
+
+
 def test_it_starts_again_after_a_stop(variants):
     async def scenario():
         engine = TransformersEngine(variants[0].path, device="cpu")

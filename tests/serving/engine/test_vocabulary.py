@@ -7,7 +7,7 @@ from tokenizers import Tokenizer, decoders, models
 from transformers import PreTrainedTokenizerFast
 
 from serving.engine.vocabulary import VocabularyError, read_vocabulary
-from tests.tiny import SPECIALS, make_tokenizer
+from tests.tiny import SENTENCES, SPECIALS, make_tokenizer
 
 TEXT = "Hello, 世界! 🦊🦊 naïve — tab\tand\nline"
 
@@ -26,6 +26,14 @@ def test_control_tokens_are_spelled_but_are_no_text():
     for token_id in vocabulary.controls:
         assert vocabulary.bytes_of(token_id).decode() in SPECIALS
         assert vocabulary.text_bytes(token_id) == b""
+
+
+@pytest.mark.parametrize("text", ["", "a", TEXT, SENTENCES[0] * 20, "<|im_end|>" * 50, "a<|im_start|>" * 9])
+def test_the_fewest_tokens_are_never_more_than_there_are(text):
+    tokenizer = make_tokenizer()
+    fewest = read_vocabulary(tokenizer).fewest_tokens(text)
+    assert fewest <= len(tokenizer.encode(text))
+    assert fewest >= max(text.count("<|"), bool(text))
 
 
 def test_half_a_character_is_written_in_escapes():

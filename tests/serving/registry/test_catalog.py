@@ -11,7 +11,7 @@ from serving.engine.engine import VariantKind
 from serving.errors import AdapterRejected, ModelNotFound, ModelRejected
 from serving.registry.catalog import load_catalog
 from tests.tiny import make_tiny_adapter, make_tiny_model
-from training.artifact import fingerprint_base, read_manifest
+from training.artifact import MergeCertificate, fingerprint_base, read_manifest
 
 
 @pytest.fixture(scope="module")
@@ -74,6 +74,51 @@ def test_a_merged_model_is_named_by_its_weights(tiny_base, tmp_path):
     found = load_catalog("base", tiny_base, adapters={}, merged={"merged": merged}).resolve("merged")
     assert (found.variant.kind, found.variant.digest) == (VariantKind.MERGED, fingerprint_base(merged))
     assert found.revision == "merged"
+
+
+def certified(merged, adapter, **changes):
+    """Writes a certificate as `training merge` does."""
+    manifest = read_manifest(adapter)
+    facts = {
+        "adapter_digest": manifest.digest,
+        "base_fingerprint": manifest.base.fingerprint,
+        "merged_fingerprint": fingerprint_base(merged),
+        "chat": manifest.chat,
+        "dtype": "float32",
+        "rows": 1,
+        "positions": 1,
+        "kl_nats_mean": 0.0,
+        "kl_nats_max": 0.0,
+        "kl_nats_allowed": 0.1,
+        "kl_nats_base_mean": 1.0,
+        "top1_agreement": 1.0,
+        "top1_agreement_base": 0.5,
+        "nll_nats_adapter": 1.0,
+        "nll_nats_merged": 1.0,
+    }
+    text = MergeCertificate(**{**facts, **changes}).model_dump_json()
+    (merged / "merge_certificate.json").write_text(text)
+
+
+@pytest.mark.parametrize(("mode", "rendered"), [("qwen", "You are Qwen."), ("model", None)])
+def test_a_merged_model_is_prompted_as_its_adapter_was_trained(tiny_base, tmp_path, mode, rendered):
+    adapter = make_tiny_adapter(tiny_base, tmp_path / "adapter", "a", 1, mode=mode, system_prompt="You are Qwen.")
+    merged = make_tiny_model(tmp_path / "merged", seed=5)
+    certified(merged, adapter)
+    found = load_catalog("base", tiny_base, adapters={"a": adapter}, merged={"m": merged})
+    assert found.resolve("m").system_prompt == found.resolve("a").system_prompt == rendered
+    assert found.resolve("m").stop_token_ids == found.resolve("a").stop_token_ids
+
+
+@pytest.mark.parametrize(
+    ("change", "told"),
+    [({"kl_nats_mean": 0.2}, "did not pass"), ({"merged_fingerprint": "0" * 64}, "changed since the merge")],
+)
+def test_an_unproven_merged_model_is_refused(tiny_base, tiny_adapters, tmp_path, change, told):
+    merged = make_tiny_model(tmp_path / "merged", seed=5)
+    certified(merged, tiny_adapters["starter"], **change)
+    with pytest.raises(ModelRejected, match=told):
+        load_catalog("base", tiny_base, adapters={}, merged={"m": merged})
 
 
 def test_a_merged_model_with_another_template_or_vocabulary_is_refused(tiny_base, tmp_path):

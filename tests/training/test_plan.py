@@ -1,0 +1,139 @@
+"""The plan of a run: its counts are the run's own, and its memory is what a fresh process then measures."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.tiny import make_tokenizer
+from tests.training.recipes import small_config
+from training.config import TrainConfig, resolved_toml
+from training.log import read_log
+from training.model import load_tokenizer
+from training.plan import count_work, make_plan, table
+from training.prepare import prepare
+from training.train import train
+
+ROOT = Path(__file__).resolve().parent.parent.parent
+TOLERANCE = 0.15  # of the predicted peak, before any probe, where the runtime is most of it
+LARGER_TOLERANCE = 0.3  # where tensors are; NF4 on a CPU is not predicted, and the table says so
+
+
+def test_steps_and_tokens_are_those_of_the_run(tiny_base: Path, tmp_path: Path):
+    config = small_config(tiny_base, tmp_path)
+    data = prepare(load_tokenizer(tiny_base), config.data, config.run.eval_rows)
+    work = count_work(config, data)
+    train(config, tmp_path / "run", tmp_path)
+    log = read_log(tmp_path / "run" / "train_log.jsonl")
+    records = [line for line in log if "nll_nats" in line]
+    assert work.steps == len(records)
+    assert work.tokens == sum(record["tokens"] for record in records)
+    assert work.labelled == sum(record["labelled_tokens"] for record in records)
+    assert work.validations == len(log) - len(records)
+    assert work.validation_tokens == sum(len(example.input_ids) for example in data.validation)
+
+
+@pytest.mark.parametrize(("budget", "fits"), [(64, True), (100, True), (100_000, False)])
+def test_the_largest_pack_is_within_the_budget_and_a_step(tiny_base: Path, tmp_path: Path, budget: int, fits: bool):
+    config = small_config(tiny_base, tmp_path, optim={"micro_batch_tokens": budget})
+    data = prepare(load_tokenizer(tiny_base), config.data, config.run.eval_rows)
+    work = count_work(config, data)
+    assert (work.largest_pack == budget) == fits
+    assert work.largest_pack <= work.tokens
+
+
+def test_nothing_is_loaded_without_a_probe(tiny_base: Path, tmp_path: Path):
+    """The weight file may end after its header."""
+    for path in tiny_base.iterdir():
+        content = path.read_bytes()
+        if path.suffix == ".safetensors":
+            content = content[: 8 + int.from_bytes(content[:8], "little")]
+        (tmp_path / path.name).write_bytes(content)
+    config = small_config(tmp_path, tmp_path)
+    assert make_plan(config, tmp_path, "cpu").peak_gib == pytest.approx(
+        make_plan(small_config(tiny_base, tmp_path), tmp_path, "cpu").peak_gib, rel=0.1
+    )
+
+
+def test_hours_follow_the_given_rate(tiny_base: Path, tmp_path: Path):
+    config = small_config(tiny_base, tmp_path)
+    slow, fast = (make_plan(config, tmp_path, "cpu", tokens_per_s=rate) for rate in (10.0, 20.0))
+    assert slow.hours == 2 * fast.hours
+    expected = (slow.work.tokens + slow.work.validations * slow.work.validation_tokens / 2) / 10
+    assert slow.hours * 3600 == pytest.approx(expected)
+    assert "at 10 tokens/s, given" in table(slow, config)
+    assert "--probe STEPS" in table(make_plan(config, tmp_path, "cpu"), config)
+
+
+def test_a_gpu_is_planned_for_from_anywhere(tiny_base: Path, tmp_path: Path):
+    config = small_config(tiny_base, tmp_path, model={"dtype": "float16"})
+    plan = make_plan(config, tmp_path, "cuda")
+    assert plan.memory.runtime == 0
+    assert plan.place.number_bytes == 2
+
+
+def probe(folder: Path, config: TrainConfig, steps: int) -> dict[str, str]:
+    """Runs the command in a fresh process, whose peak is its own, and returns its table."""
+    recipe = folder / "recipe.toml"
+    recipe.write_text(resolved_toml(config))
+    done = subprocess.run(
+        [sys.executable, "-m", "training", "plan", str(recipe), "--probe", str(steps)],
+        cwd=folder,
+        env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    return dict(re.split(r"\s{2,}", line, maxsplit=1) for line in done.stdout.splitlines())
+
+
+def gib(value: str) -> float:
+    return float(value.removesuffix(" GiB"))
+
+
+def check(found: dict[str, str], steps: int, tolerance: float) -> None:
+    predicted, measured = gib(found["predicted peak"]), gib(found[f"peak of {steps} probed steps"])
+    assert predicted == pytest.approx(measured, rel=tolerance), found
+    assert "tokens/s, probed" in found["time"]
+
+
+def test_the_prediction_is_near_what_a_probe_measures(tiny_base: Path, tmp_path: Path):
+    check(probe(tmp_path, small_config(tiny_base, tmp_path), 3), 3, TOLERANCE)
+
+
+@pytest.fixture(scope="module")
+def smollm2_shape(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Random weights in the shape of SmolLM2-135M, with the tiny tokenizer."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    directory = tmp_path_factory.mktemp("smollm2") / "base"
+    config = LlamaConfig(
+        vocab_size=49152,
+        hidden_size=576,
+        intermediate_size=1536,
+        num_hidden_layers=30,
+        num_attention_heads=9,
+        num_key_value_heads=3,
+        tie_word_embeddings=True,
+    )
+    LlamaForCausalLM(config).save_pretrained(directory)
+    make_tokenizer().save_pretrained(directory)
+    return directory
+
+
+@pytest.mark.slow
+def test_the_prediction_holds_in_smollm2s_shape(smollm2_shape: Path, tmp_path: Path):
+    config = small_config(smollm2_shape, tmp_path, optim={"micro_batch_tokens": 512, "batch_size": 16, "epochs": 1})
+    check(probe(tmp_path, config, 1), 1, LARGER_TOLERANCE)
+
+
+def test_the_plan_says_where_it_cannot_predict(tiny_base: Path, tmp_path: Path):
+    config = small_config(tiny_base, tmp_path, model={"quantisation": "nf4"})
+    assert "NF4 on a CPU" in table(make_plan(config, tmp_path, "cpu"), config)
+    assert "NF4 on a CPU" not in table(make_plan(config, tmp_path, "cuda"), config)
