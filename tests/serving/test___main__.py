@@ -146,7 +146,7 @@ def check_drain(tiny_base, drain_s, finishes):
         lines = []
 
         def read():
-            body = {"model": "base", "prompt": "a", "max_tokens": 150, "temperature": 0, "stream": True}
+            body = {"model": "base", "prompt": "a", "max_tokens": 450, "temperature": 0, "stream": True}
             try:
                 with httpx.stream("POST", f"{url}/v1/completions", json=body, timeout=30) as response:
                     lines.extend(line for line in response.iter_lines() if line)

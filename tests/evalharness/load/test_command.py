@@ -96,10 +96,18 @@ def test_errors_are_counted_and_decide_the_exit_code(slow_server, tmp_path):
     assert row["requests"] > 2
 
 
+# Tests that a shell runs in the background inherit an ignored SIGINT.
+INTERRUPTIBLE = (
+    "import runpy, signal; signal.signal(signal.SIGINT, signal.default_int_handler); "
+    "runpy.run_module('evalharness', run_name='__main__', alter_sys=True)"
+)
+
+
 @pytest.mark.parametrize("sent", [signal.SIGINT, signal.SIGTERM])
 def test_an_interrupted_test_stops_locust_and_still_summarises(slow_server, tmp_path, sent):
     flags = ["load", "--url", slow_server.url, "--arm", "base", "--users", "2", "--seconds", "300", "--out", tmp_path]
-    process = subprocess.Popen([sys.executable, "-m", "evalharness", *flags], stdout=subprocess.PIPE, text=True)
+    command = [sys.executable, "-c", INTERRUPTIBLE, *flags]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
     samples = tmp_path / "load_samples.jsonl"
     deadline = time.monotonic() + 60
     while not read_samples(samples) and time.monotonic() < deadline:
