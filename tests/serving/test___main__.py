@@ -141,12 +141,12 @@ def test_a_running_stream_has_the_drain_to_finish(tiny_base):
 
 
 def check_drain(tiny_base, drain_s, finishes):
-    with server_process("--base", str(tiny_base), "--drain-s", drain_s) as (process, url):
+    with server_process("--base", str(tiny_base), "--max-batch", "1", "--drain-s", drain_s) as (process, url):
         wait_until(lambda: is_ready(url), timeout_s=60)
         lines = []
 
         def read():
-            body = {"model": "base", "prompt": "a", "max_tokens": 450, "temperature": 0, "stream": True}
+            body = {"model": "base", "prompt": ["b"] * 8, "max_tokens": 100, "temperature": 0, "stream": True}
             try:
                 with httpx.stream("POST", f"{url}/v1/completions", json=body, timeout=30) as response:
                     lines.extend(line for line in response.iter_lines() if line)
@@ -162,4 +162,4 @@ def check_drain(tiny_base, drain_s, finishes):
         assert process.returncode == 0
         assert (lines[-1] == "data: [DONE]") is finishes
         record = json.loads(next(line for line in errors.splitlines() if '"/v1/completions"' in line))
-        assert (record["model"], record["prompt_tokens"]) == ("base", 1)
+        assert (record["model"], record["prompt_tokens"]) == ("base", 8)
