@@ -125,7 +125,7 @@ def _add_merge(parser: argparse.ArgumentParser) -> None:
         "--dtype", choices=["float32", "float16", "bfloat16"], help="of the result (default: the base's)"
     )
     parser.add_argument("--held-out", type=Path, help="rows to certify on (default: held_out.jsonl beside the adapter)")
-    parser.add_argument("--rows", type=int, default=16, help="rows to certify on (default %(default)s)")
+    parser.add_argument("--rows", type=int, default=8, help="rows to certify on (default %(default)s)")
     parser.add_argument(
         "--if-changed", action="store_true", help="do nothing where this adapter is merged there already"
     )
