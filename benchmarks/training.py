@@ -5,8 +5,8 @@
 
 The stock arm is transformers + peft + bitsandbytes as most recipes drive them: 4 rows a micro-batch padded to the
 longest, SDPA, logits over every position. Both arms start from the same adapter and take the same rows; the first step
-of each is a warm-up and is not counted. Useful tokens are those of the rows, without padding. MFU counts 4 FLOP a
-weight and useful token.
+of each is a warm-up (it compiles, where the recipe says so) and is not counted. Useful tokens are those of the rows,
+without padding. MFU counts 4 FLOP a weight and useful token.
 """
 
 from __future__ import annotations
@@ -31,7 +31,9 @@ from training import attention
 from training.batch import step_rows
 from training.chat import IGNORED_LABEL, TrainExample
 from training.config import cache_dir, load_recipe
-from training.run import Run, assemble
+from training.lora_linear import fuse_lora
+from training.model import compile_blocks
+from training.run import Run, assemble, wants_compile
 from training.step import optimizer_step, peak_gib
 
 STOCK_MICRO_BATCH = 4  # rows
@@ -103,11 +105,25 @@ def run_arms(run: Run, arms: Sequence[str], steps: int) -> dict[str, Measured]:
         run.optimizer.load_state_dict(fresh)
         gc.collect()
         torch.cuda.empty_cache()
-        base = run.peft_model.get_base_model()
-        base.set_attn_implementation("sdpa" if arm == "stock" else attention.NAME)
+        (as_stock if arm == "stock" else as_graft)(run)
         step = partial(stock_step, run) if arm == "stock" else partial(graft_step, run)
         results[arm] = measure(run, steps, step)
     return results
+
+
+def as_stock(run: Run) -> None:
+    """Gives every module its own forward pass again: peft's, transformers' and PyTorch's attention."""
+    run.peft_model.get_base_model().set_attn_implementation("sdpa")
+    for module in run.peft_model.modules():
+        module.__dict__.pop("forward", None)
+        module._compiled_call_impl = None
+
+
+def as_graft(run: Run) -> None:
+    run.peft_model.get_base_model().set_attn_implementation(attention.NAME)
+    fuse_lora(run.peft_model)
+    if wants_compile(run.config, run.peft_model.dtype, run.total, run.accelerator.device):
+        compile_blocks(run.peft_model)
 
 
 def graft_step(run: Run, step: int) -> float:

@@ -17,6 +17,7 @@ from pathlib import Path
 TIMEOUT_S = 5.0
 ROOT = Path(__file__).resolve().parent.parent
 SHARED_SOURCES = ("training/artifact.py", "training/chat.py")  # what serving imports of training
+UNAUTHORISED = 401
 LISTEN = "0A"  # the state's code in /proc/net/tcp
 NO_PROXY = urllib.request.build_opener(urllib.request.ProxyHandler({}))  # the server is on this machine
 
@@ -88,8 +89,13 @@ def digest(*arguments: str) -> tuple[int, str]:
 
 def examples(url: str) -> tuple[int, str]:
     """Prints one request for each model, as the server lists them, and a streaming one."""
-    with NO_PROXY.open(url + "/v1/models", timeout=TIMEOUT_S) as answer:
-        models = [str(model["id"]) for model in json.load(answer)["data"]]
+    try:
+        with NO_PROXY.open(url + "/v1/models", timeout=TIMEOUT_S) as answer:
+            models = [str(model["id"]) for model in json.load(answer)["data"]]
+    except urllib.error.HTTPError as error:
+        if error.code != UNAUTHORISED:
+            raise
+        return 0, f"# The server asks for keys; KEY is one of them\ncurl {url}/v1/models -H 'Authorization: Bearer KEY'"
     return 0, "\n\n".join([*(_curl(url, model, stream=False) for model in models), _curl(url, models[-1], stream=True)])
 
 

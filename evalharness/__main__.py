@@ -48,7 +48,7 @@ def _parser() -> argparse.ArgumentParser:
     ):
         command = commands.add_parser(name, help=text, description=text)
         command.add_argument("dir", type=Path, metavar="DIR", help="the directory that `run --out` made")
-        _add_resamples(command)
+        _add_scoring(command)
         command.set_defaults(func=function)
         if name == "gate":
             _add_rules(command)
@@ -69,13 +69,15 @@ def _add_run(parser: argparse.ArgumentParser) -> None:
     add("--timeout-s", type=_positive_float, default=300.0, help="for one whole reply (default %(default)s)")
     add("--seed", type=int, default=sampling.seed, help="sent with every request, and of the bootstrap")
     add("--api-key-env", metavar="NAME", help="the environment variable that holds the server's key")
-    _add_resamples(parser)
+    _add_scoring(parser)
     parser.set_defaults(func=_run)
 
 
-def _add_resamples(parser: argparse.ArgumentParser) -> None:
+def _add_scoring(parser: argparse.ArgumentParser) -> None:
     text = "bootstrap resamples behind each interval (default %(default)s)"
     parser.add_argument("--resamples", type=_positive_int, default=DEFAULT_RESAMPLES, help=text)
+    text = "score as LLaMA-Factory does too, in a table apart (lf_bleu_4, lf_rouge_l, ...; needs jieba)"
+    parser.add_argument("--lf", action="store_true", help=text)
 
 
 def _add_rules(parser: argparse.ArgumentParser) -> None:
@@ -109,18 +111,18 @@ def _run(arguments: argparse.Namespace) -> int:
             await run(arguments.out, header, prompts.samples, samples, client, concurrency=workers, out=sys.stderr)
 
     asyncio.run(ask_all())
-    comparison = _write_and_print(arguments.out, arguments.resamples)
+    comparison = _write_and_print(arguments.out, arguments)
     scored = [row.estimates[arm].count for row in comparison.metrics if row.name == "rouge_l" for arm in arms]
     return 0 if all(scored) else EXIT_FAILED
 
 
 def _compare(arguments: argparse.Namespace) -> int:
-    _print_comparison(_comparison(arguments.dir, arguments.resamples))
+    _print_comparison(_comparison(arguments.dir, arguments))
     return 0
 
 
 def _report(arguments: argparse.Namespace) -> int:
-    _write_and_print(arguments.dir, arguments.resamples)
+    _write_and_print(arguments.dir, arguments)
     return 0
 
 
@@ -132,7 +134,7 @@ def _gate(arguments: argparse.Namespace) -> int:
         rules += read_rules(arguments.rule_file)
     if not rules:
         raise EvalError("gate: no rule; give --rule 'rouge_l.difference.low > 0' or --rules FILE")
-    comparison = _comparison(arguments.dir, arguments.resamples)
+    comparison = _comparison(arguments.dir, arguments)
     found = judge(comparison, rules, arguments.allow_failed)
     for verdict in found:
         value = "unavailable" if verdict.value is None else f"{verdict.value:.4g}"
@@ -144,16 +146,16 @@ def _gate(arguments: argparse.Namespace) -> int:
     return 0 if all(verdict.passed for verdict in found) else EXIT_FAILED
 
 
-def _comparison(directory: Path, resamples: int) -> Comparison:
+def _comparison(directory: Path, arguments: argparse.Namespace) -> Comparison:
     from evalharness.comparison import compare
 
-    return compare(directory, resamples, sys.stderr)
+    return compare(directory, arguments.resamples, sys.stderr, lf=arguments.lf)
 
 
-def _write_and_print(directory: Path, resamples: int) -> Comparison:
+def _write_and_print(directory: Path, arguments: argparse.Namespace) -> Comparison:
     from evalharness.report.write import write_report
 
-    comparison = _comparison(directory, resamples)
+    comparison = _comparison(directory, arguments)
     paths = write_report(directory, comparison)
     _print_comparison(comparison)
     print("\n" + "\n".join(str(path) for path in paths))
@@ -161,12 +163,14 @@ def _write_and_print(directory: Path, resamples: int) -> Comparison:
 
 
 def _print_comparison(comparison: Comparison) -> None:
-    from evalharness.report.tables import console, metric_tables
+    from evalharness.report.tables import LF_TITLE, console, lf_tables, metric_tables
     from evalharness.report.verdict import verdicts
 
     if any(label.revision for label in comparison.labels.values()):
         print(f"arms: {', '.join(comparison.header.arms)}\n")
     print("\n\n".join(console(table) for table in metric_tables(comparison)))
+    for table in lf_tables(comparison):
+        print(f"\n{LF_TITLE}\n\n{console(table)}")
     for verdict in verdicts(comparison):
         print(f"\n{verdict.headline}" + "".join(f"\n  {line}" for line in verdict.evidence))
     _print_warnings(comparison)

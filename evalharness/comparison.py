@@ -12,7 +12,8 @@ from typing import TextIO
 import numpy as np
 
 from evalharness.arms import ArmLabel, arm_labels
-from evalharness.metrics.measure import Better, Completion, Measure, Nll, measures
+from evalharness.metrics.llamafactory import PREFIX
+from evalharness.metrics.measure import NLL_MEASURES, Better, Completion, Measure, Nll, measures
 from evalharness.progress import Progress
 from evalharness.records import Record, RecordKey, RecordKind, RunData, RunHeader, SampleStatus, read_run
 from evalharness.revisions import AnswererWatch
@@ -71,6 +72,15 @@ class Comparison:
         return self.header.arms[1:]
 
     @property
+    def own_metrics(self) -> tuple[MetricRow, ...]:
+        return tuple(row for row in self.metrics if not row.name.startswith(PREFIX))
+
+    @property
+    def lf_metrics(self) -> tuple[MetricRow, ...]:
+        """LLaMA-Factory's, which stand apart: no number of theirs compares with one of ours."""
+        return tuple(row for row in self.metrics if row.name.startswith(PREFIX))
+
+    @property
     def labels(self) -> Mapping[str, ArmLabel]:
         return arm_labels(self.header.arms)
 
@@ -79,11 +89,14 @@ class Comparison:
         return self.labels[arm].name
 
 
-def compare(directory: Path, resamples: int, out: TextIO | None = None) -> Comparison:
-    """Scores the records of a run, finished or not, and shows its progress on `out`. Raises RecordError."""
+def compare(directory: Path, resamples: int, out: TextIO | None = None, *, lf: bool = False) -> Comparison:
+    """Scores the records of a run, finished or not, and shows its progress on `out`.
+
+    With `lf` scores them as LLaMA-Factory does, too. Raises RecordError, and EvalError where `lf` lacks a package.
+    """
     data = read_run(directory)
     header, bootstrap = data.header, Bootstrap(resamples, data.header.sampling.seed)
-    found = measures(_completions(data), _nlls(data), out)
+    found = measures(_completions(data), _nlls(data), out, lf=lf)
     arms = tuple(_summary(data, arm) for arm in header.arms)
     incomparable = _tokenised_otherwise(data)
     rows = _rows(found, data, bootstrap, incomparable, out)
@@ -92,7 +105,11 @@ def compare(directory: Path, resamples: int, out: TextIO | None = None) -> Compa
         bootstrap=bootstrap,
         metrics=rows,
         arms=arms,
-        warnings=(*_warnings(arms), *(_tokens_warning(arm) for arm in sorted(incomparable)), *_few_pairs(rows)),
+        warnings=(
+            *_warnings(arms),
+            *(_tokens_warning(arm) for arm in sorted(incomparable)),
+            *_few_pairs(row for row in rows if not row.name.startswith(PREFIX)),
+        ),
         scores=_sample_scores(found),
         data=data,
     )
@@ -140,7 +157,7 @@ def _row(measure: Measure, data: RunData, bootstrap: Bootstrap, incomparable: se
     }
     differences = {
         arm: NO_DIFFERENCE
-        if measure.name == "perplexity" and arm in incomparable
+        if measure.name in NLL_MEASURES and arm in incomparable
         else _difference(measure, base, arm, bootstrap)
         for arm in others
     }
@@ -168,7 +185,7 @@ def _array(rows: Mapping[str, Iterable[float]], ids: list[str] | None) -> FloatA
 
 
 def _reason(measure: Measure, data: RunData) -> str:
-    kind = RecordKind.NLL if measure.name == "perplexity" else RecordKind.HELD_OUT
+    kind = RecordKind.NLL if measure.name in NLL_MEASURES else RecordKind.HELD_OUT
     errors = Counter(
         record.error or record.status.value
         for record in data.records.values()

@@ -1,4 +1,4 @@
-"""The server process: reads the flags, loads the catalog, chooses the engine, runs until it is told to stop."""
+"""The server process: reads the flags, opens the registry, chooses the engine, runs until it is told to stop."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import os
 import signal
 import sys
 from collections.abc import Sequence
+from contextlib import suppress
 from importlib.util import find_spec
 from types import FrameType
 
@@ -16,21 +17,25 @@ from serving.app import create_app
 from serving.config import ConfigError, ServeConfig, read_config
 from serving.engine.engine import Engine
 from serving.errors import GraftError
+from serving.keys import KeyRing
+from serving.logs import log_as_json
 from serving.registry.base import LoadedBase
-from serving.registry.catalog import load_catalog
-from training.artifact import read_manifest
+from serving.registry.boot import open_registry
+from serving.registry.registry import Registry
+from serving.tracing import traced
 
 logger = logging.getLogger("graft.server")
 
 EXIT_USAGE = 2
+EXIT_ENGINE_DIED = 70  # EX_SOFTWARE of sysexits.h: a supervisor starts the server again
 FAKE_TOKEN_DELAY_S = 0.01
 
 
 def main(arguments: Sequence[str]) -> int:
-    """Returns 0 after a stop that was asked for, and 2 with one message where the server cannot start."""
+    """Returns 0 after a stop that was asked for; with one message 2 where the server cannot start, 70 where it died."""
     try:
         config = read_config(arguments)
-        logging.basicConfig(level=config.log_level.upper(), format="%(message)s", stream=sys.stderr)
+        log_as_json(config.log_level)
         return serve(config)
     except (ConfigError, GraftError) as error:
         print(f"python -m serving: {error}", file=sys.stderr)
@@ -39,20 +44,31 @@ def main(arguments: Sequence[str]) -> int:
 
 def serve(config: ServeConfig) -> int:
     """Raises ModelRejected or AdapterRejected where a directory cannot be served."""
-    catalog = load_catalog(config.base_name, config.base, adapters=config.adapters, merged=config.merged)
+    registry = _open_registry(config)
+    keys = None if config.keys is None else KeyRing(config.keys)
     failures: list[Exception] = []
+    deaths: list[bool] = []
 
     def fail(error: Exception) -> None:
         failures.append(error)
         server.should_exit = True
 
+    def die() -> None:
+        deaths.append(True)
+        server.should_exit = True
+
     app = create_app(
-        engine=make_engine(config, catalog.base),
-        catalog=catalog,
+        engine=make_engine(config, registry),
+        registry=registry,
         max_batch=config.max_batch,
         max_queue=config.max_queue,
         body_limit_bytes=int(config.body_limit_mib * 2**20),
+        keys=keys,
+        deadline_s=config.deadline_s,
+        stall_s=config.stall_s,
         on_failure=fail,
+        on_death=die,
+        stopping=lambda: server.should_exit,
     )
     server = uvicorn.Server(
         uvicorn.Config(
@@ -64,37 +80,51 @@ def serve(config: ServeConfig) -> int:
             timeout_graceful_shutdown=config.drain_s,
         )
     )
-    print(f"serving {', '.join(model.revision for model in catalog)} on http://{config.host}:{config.port}", flush=True)
-    try:
+    models = ", ".join(model.revision for model in registry.served())
+    print(f"serving {models} on http://{config.host}:{config.port}", flush=True)
+    with suppress(KeyboardInterrupt), traced(app, config.otlp_endpoint):
         server.run()
-    except KeyboardInterrupt:
-        return 0
     if failures:
         print(f"python -m serving: the engine did not start: {failures[0]}", file=sys.stderr)
         return EXIT_USAGE
+    if deaths:
+        print("python -m serving: the engine failed; start the server again", file=sys.stderr)
+        return EXIT_ENGINE_DIED
     return 0
 
 
-def make_engine(config: ServeConfig, base: LoadedBase) -> Engine:
+def _open_registry(config: ServeConfig) -> Registry:
+    return open_registry(
+        config.base_name,
+        config.base,
+        adapters=config.adapters,
+        merged=config.merged,
+        state_dir=config.state,
+        adapter_roots=config.adapter_roots,
+        max_adapters=config.max_adapters,
+        max_rank=config.max_rank,
+    )
+
+
+def make_engine(config: ServeConfig, registry: Registry) -> Engine:
     """Imports only the engine that runs. Raises ConfigError or ModelRejected where it cannot run what is asked."""
     name = choose_engine(config) if config.engine == "auto" else config.engine
+    base = registry.base
     context_length = base.context_length(config.context_length)
-    if config.cache_gib is not None and name != "transformers":
-        raise ConfigError(
-            f"--cache-gib {config.cache_gib}: the {name} engine does not take it; remove it or choose "
-            "--engine transformers"
-        )
+    if config.cache_gib is not None and name == "fake":
+        raise ConfigError(f"--cache-gib {config.cache_gib}: the fake engine has no cache; remove it")
+    cache_bytes = None if config.cache_gib is None else int(config.cache_gib * 2**30)
     if name == "fake":
         return _make_fake_engine(config, base, context_length)
     if name == "vllm":
-        return _make_vllm_engine(config, base, context_length)
+        return _make_vllm_engine(config, registry, context_length, cache_bytes)
     from serving.engine.transformers_engine import TransformersEngine
 
     return TransformersEngine(
         base.directory,
         max_batch=config.max_batch,
         context_length=context_length,
-        cache_bytes=None if config.cache_gib is None else int(config.cache_gib * 2**30),
+        cache_bytes=cache_bytes,
     )
 
 
@@ -128,8 +158,8 @@ def _make_fake_engine(config: ServeConfig, base: LoadedBase, context_length: int
     )
 
 
-def _make_vllm_engine(config: ServeConfig, base: LoadedBase, context_length: int) -> Engine:
-    """vLLM sizes its adapter slots at the start: one for each adapter that can be in a step, as wide as the widest."""
+def _make_vllm_engine(config: ServeConfig, registry: Registry, context_length: int, cache_bytes: int | None) -> Engine:
+    """vLLM sizes its adapter slots at the start: without keys nobody can register more adapters than there are."""
     if find_spec("vllm") is None:
         raise ConfigError(
             "--engine vllm: vLLM is not installed here; install it (make deploy ENGINE=vllm does), or choose "
@@ -142,11 +172,12 @@ def _make_vllm_engine(config: ServeConfig, base: LoadedBase, context_length: int
     for name, value in ENVIRONMENT.items():
         os.environ.setdefault(name, value)
     return VllmEngine(
-        base.directory,
+        registry.base.directory,
         max_batch=config.max_batch,
         context_length=context_length,
-        max_adapters=min(len(config.adapters), config.max_batch),
-        max_rank=max((read_manifest(path).lora.rank for path in config.adapters.values()), default=1),
+        max_adapters=min(config.max_adapters, registry.adapters()) if config.keys is None else config.max_adapters,
+        max_rank=registry.max_rank,
+        cache_bytes=cache_bytes,
     )
 
 

@@ -6,8 +6,14 @@ import functools
 import importlib.metadata
 import time
 import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Protocol
 
+from serving.auth import ANY_MODEL, Caller
+from serving.engine.completion import Choice
+from serving.errors import ModelNotFound
 from serving.registry.catalog import ServedModel
 
 MIN_LOGPROB = -9999.0  # OpenAI's number for "very unlikely"; JSON has no -inf
@@ -20,8 +26,38 @@ class Identity:
     model: ServedModel
     fingerprint: str
 
-    def headers(self) -> dict[str, str]:
-        return {"x-adapter-revision": self.model.revision} if self.model.is_adapter else {}
+    def headers(self, label: str | None) -> dict[str, str]:
+        """`label` is the one that routed here; a model that was named by its digest, or the base, has none."""
+        revision = {"x-adapter-revision": self.model.revision} if self.model.is_adapter else {}
+        return revision if label is None else {**revision, "x-adapter-label": label}
+
+
+class Plan(Protocol):
+    """All that is decided of a completion before the engine is asked."""
+
+    @property
+    def identity(self) -> Identity: ...
+
+    @property
+    def choices(self) -> tuple[Choice, ...]: ...
+
+    @property
+    def prompt_tokens(self) -> int: ...
+
+
+@contextmanager
+def within_key(caller: Caller | None, model: str) -> Iterator[None]:
+    """Raises Forbidden for a model that the key may not use, and tells a key of some models nothing of the others."""
+    if caller is not None:
+        caller.check_model(model)
+    try:
+        yield
+    except ModelNotFound:
+        if caller is None or ANY_MODEL in caller.models:
+            raise
+        raise ModelNotFound(
+            f"model {model[:200]!r} does not exist; GET /v1/models lists what the key may use", param="model"
+        ) from None
 
 
 def identify(prefix: str, model: ServedModel) -> Identity:

@@ -9,6 +9,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
+from urllib.parse import urlsplit
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
 
@@ -33,6 +34,13 @@ def _model_name(name: str) -> str:
     return name
 
 
+def _http_url(url: str) -> str:
+    parts = urlsplit(url)
+    if parts.scheme not in {"http", "https"} or not parts.netloc:
+        raise ValueError("is no URL of a collector; give one such as http://localhost:4318")
+    return url
+
+
 ModelDir = Annotated[Path, AfterValidator(_model_dir)]
 ModelName = Annotated[str, AfterValidator(_model_name)]
 
@@ -44,6 +52,10 @@ class ServeConfig(BaseModel):
     base_name: ModelName = "base"
     adapters: Mapping[ModelName, ModelDir] = Field(default_factory=dict)
     merged: Mapping[ModelName, ModelDir] = Field(default_factory=dict)
+    state: Path | None = None  # None: a temporary directory, which ends with the process
+    adapter_roots: tuple[ModelDir, ...] = ()
+    max_adapters: int = Field(16, ge=1)  # in the engine at once
+    max_rank: int | None = Field(None, ge=1)  # None: the widest of what is known at the start, and at least 16
     host: str = "127.0.0.1"
     port: int = Field(8000, ge=0, le=65535)  # 0: any free one
     engine: Literal["auto", "vllm", "transformers", "fake"] = "auto"
@@ -52,8 +64,12 @@ class ServeConfig(BaseModel):
     context_length: int | None = Field(None, ge=2)  # tokens; None: the model's, up to 8192
     cache_gib: float | None = Field(None, gt=0, allow_inf_nan=False)  # None: a share of the memory
     body_limit_mib: float = Field(4, gt=0, le=1024, allow_inf_nan=False)
+    keys: Path | None = None  # None: inference is open, administration closed
+    deadline_s: float = Field(600, gt=0, allow_inf_nan=False)  # from a request's arrival to the end of its answer
+    stall_s: float = Field(60, gt=0, allow_inf_nan=False)  # work without a step for so long: not ready
     drain_s: int = Field(30, ge=0)  # how long running requests may finish after SIGTERM
     log_level: Literal["debug", "info", "warning", "error"] = "info"
+    otlp_endpoint: Annotated[str, AfterValidator(_http_url)] | None = None  # None: no traces
 
     @model_validator(mode="after")
     def _names_differ(self) -> ServeConfig:
@@ -70,18 +86,28 @@ _FLAGS: Sequence[tuple[str, str, str]] = (
     ("base-name", "NAME", "what requests call the base (base)"),
     ("adapter", "NAME=DIR", "an adapter to serve; repeat for more"),
     ("merged", "NAME=DIR", "a merged model to serve; repeat for more"),
+    ("state", "DIR", "where revisions, labels and policies outlast the process (a temporary directory)"),
+    ("adapter-root", "DIR", "a directory whose adapters an administrator may register; repeat for more"),
+    ("max-adapters", "COUNT", "adapters that the engine holds at once (16)"),
+    ("max-rank", "RANK", "largest rank of an adapter (the widest at the start, at least 16)"),
     ("host", "HOST", "address to listen on (127.0.0.1)"),
     ("port", "PORT", "port to listen on (8000)"),
     ("engine", "NAME", "auto, vllm, transformers or fake; auto: vLLM where it is installed and there is CUDA (auto)"),
     ("max-batch", "ROWS", "sequences in one forward pass (32)"),
     ("max-queue", "COUNT", "completions that may wait for a row; more are answered 429 (256)"),
     ("context-length", "TOKENS", "prompt and completion together (the model's, up to 8192)"),
-    ("cache-gib", "GIB", "largest key/value cache of the transformers engine (a share of the memory)"),
+    ("cache-gib", "GIB", "largest key/value cache (a share of the memory)"),
     ("body-limit-mib", "MIB", "largest request body (4)"),
+    ("keys", "FILE", "the key file; without one inference is open and administration closed"),
+    ("deadline-s", "SECONDS", "longest time from a request to the end of its answer (600)"),
+    ("stall-s", "SECONDS", "not ready once the engine has had work and made no step for so long (60)"),
     ("drain-s", "SECONDS", "how long running requests may finish after SIGTERM (30)"),
     ("log-level", "LEVEL", "debug, info, warning or error (info)"),
+    ("otlp-endpoint", "URL", "an OpenTelemetry collector for traces, over HTTP (OTEL_EXPORTER_OTLP_ENDPOINT, or none)"),
 )
-_REPEATABLE = {"adapter": "adapters", "merged": "merged"}
+STANDARD_ENDPOINT = "OTEL_EXPORTER_OTLP_ENDPOINT"  # OpenTelemetry's own name for it
+_REPEATABLE = {"adapter": "adapters", "merged": "merged", "adapter-root": "adapter_roots"}
+_NAMED = {"adapter", "merged"}  # of NAME=DIR
 
 
 def read_config(arguments: Sequence[str], environment: Mapping[str, str] | None = None) -> ServeConfig:
@@ -95,9 +121,11 @@ def read_config(arguments: Sequence[str], environment: Mapping[str, str] | None 
         if value is None and environment.get(variable):
             value = environment[variable].split(",") if flag in _REPEATABLE else environment[variable]
         if value is not None and flag in _REPEATABLE:
-            values[_REPEATABLE[flag]] = _named_dirs(flag, value)
+            values[_REPEATABLE[flag]] = _named_dirs(flag, value) if flag in _NAMED else value
         elif value is not None:
             values[flag.replace("-", "_")] = value
+    if STANDARD_ENDPOINT in environment:
+        values.setdefault("otlp_endpoint", environment[STANDARD_ENDPOINT] or None)
     try:
         return ServeConfig.model_validate(values)
     except ValidationError as error:

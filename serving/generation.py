@@ -4,32 +4,38 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncGenerator, Callable, Iterator, Sequence
+from collections.abc import AsyncGenerator, Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import aclosing, contextmanager
+from contextlib import aclosing
+from dataclasses import replace
 from typing import TypeVar
 
+from serving.auth import ANONYMOUS
 from serving.engine.completion import Choice, Piece, complete_all
-from serving.engine.engine import Engine
+from serving.engine.engine import Delta, Engine, GenerationRequest
 from serving.engine.host import EngineHost
-from serving.errors import BadRequest, Overloaded
+from serving.engine.vocabulary import Vocabulary
+from serving.errors import BadRequest
+from serving.fair_queue import FairQueue, Place
+from serving.limits import Limiter, Spending
 from serving.metrics import Metrics, Stopwatch
 from serving.middleware import RequestFacts
-from serving.registry.catalog import Catalog, ServedModel
+from serving.registry.catalog import ServedModel
 
 T = TypeVar("T")
 
 
 class Generation:
-    """What chat and text completions share. It counts choices itself: a burst would slip past the engine's counts."""
+    """What chat and text completions share: planning, and running within the key's limits and the queue's turns."""
 
-    def __init__(self, host: EngineHost, catalog: Catalog, metrics: Metrics, *, max_batch: int, max_queue: int) -> None:
-        self.catalog = catalog
+    def __init__(
+        self, host: EngineHost, vocabulary: Vocabulary, metrics: Metrics, queue: FairQueue, limiter: Limiter
+    ) -> None:
         self._host = host
+        self._vocabulary = vocabulary
         self._metrics = metrics
-        self._max_batch = max_batch
-        self._max_queue = max_queue
-        self._in_flight = 0  # choices
+        self._queue = queue
+        self._limiter = limiter
         # Exactly one thread: encoding sets options on the tokenizer, which all requests share.
         self._planner = ThreadPoolExecutor(1, thread_name_prefix="planner")
 
@@ -48,19 +54,31 @@ class Generation:
     async def run(
         self, model: ServedModel, choices: Sequence[Choice], prompt_tokens: int, facts: RequestFacts
     ) -> AsyncGenerator[Piece, None]:
-        """Yields the choices' pieces as they come; closing it frees their work. Raises Overloaded before the first."""
-        watch = Stopwatch(self._metrics, model.name, facts.arrived_s)
-        before_s = time.perf_counter() - facts.arrived_s
+        """Yields the choices' pieces as they come; closing it frees their work.
+
+        Raises Forbidden, RateLimited and Overloaded before the first, and DeadlineExceeded at any time.
+        """
+        caller = facts.caller or ANONYMOUS
+        caller.check_model(model.name)
+        self.refuse_too_many(len(choices))
+        watch = Stopwatch(self._metrics, model.name, facts.arrived_s, facts.arm)
+        facts.planned_s = before_s = time.perf_counter() - facts.arrived_s
+        most = prompt_tokens + sum(choice.request.sampling.max_tokens for choice in choices)
         generated: dict[int, int] = {}
-        with self._admitted(len(choices)):
-            self._metrics.prompt_tokens.labels(model.name).inc(prompt_tokens)
+        with (
+            self._limiter.tokens(caller, most) as spending,
+            self._queue.places(model.revision, caller.name, len(choices)) as places,
+        ):
+            self._metrics.prompt_tokens.labels(model.name, facts.arm).inc(prompt_tokens)
             facts.prompt_tokens = prompt_tokens
-            async with aclosing(complete_all(self.engine(), self.catalog.base.vocabulary, choices)) as pieces:
+            engine = _Queued(self.engine(), places, prompt_tokens, spending)
+            async with aclosing(complete_all(engine, self._vocabulary, choices, facts.left_s())) as pieces:
                 async for piece in pieces:
                     watch.see(piece)
                     facts.ttft_s = watch.ttft_s
                     if facts.queue_s is None and piece.waited_s is not None:
                         facts.queue_s = before_s + piece.waited_s
+                        watch.queued(facts.queue_s)
                     generated[piece.index] = piece.generated
                     facts.completion_tokens = sum(generated.values())
                     yield piece
@@ -68,25 +86,39 @@ class Generation:
 
     def refuse_too_many(self, count: int) -> None:
         """Raises BadRequest for more completions than could ever be admitted at once."""
-        if count > self._max_batch + self._max_queue:
+        if count > self._queue.capacity:
             raise BadRequest(
-                f"the request asks for {count} completions, but {self._max_batch + self._max_queue} fit into batch and "
-                "queue; send fewer prompts or a smaller n",
+                f"the request asks for {count} completions, but {self._queue.capacity} fit into batch and queue; send "
+                "fewer prompts or a smaller n",
                 code="too_many_completions",
             )
 
-    @contextmanager
-    def _admitted(self, count: int) -> Iterator[None]:
-        self.refuse_too_many(count)
-        if self._in_flight + count > self._max_batch + self._max_queue:
-            waiting = max(self._in_flight - self._max_batch, 0)
-            raise Overloaded(f"{waiting} completions wait and the queue holds {self._max_queue}; try again later")
-        self._in_flight += count
-        try:
-            yield
-        finally:
-            self._in_flight -= count
-
     def stream_failed(self, code: str, facts: RequestFacts) -> None:
         facts.stream_error = code
-        self._metrics.stream_errors.labels(code).inc()
+        self._metrics.stream_errors.labels(facts.model, facts.arm, code).inc()
+
+
+class _Queued:
+    """An engine whose requests wait for their places first; counts what they spend as it is made, read or not."""
+
+    def __init__(self, engine: Engine, places: Sequence[Place], prompt_tokens: int, spending: Spending) -> None:
+        self._engine = engine
+        self._places = iter(places)
+        self._prompt_tokens = prompt_tokens
+        self._spending = spending
+
+    async def generate(self, request: GenerationRequest) -> AsyncGenerator[Delta, None]:
+        place = next(self._places)
+        try:
+            waited_s: float | None = await place.turn()
+            self._spending.tokens = max(self._spending.tokens, self._prompt_tokens)  # once for all choices
+            async with aclosing(self._engine.generate(request)) as deltas:
+                async for delta in deltas:
+                    self._spending.tokens += len(delta.token_ids)
+                    if waited_s is None:
+                        yield delta
+                    else:
+                        yield replace(delta, waited_s=waited_s + (delta.waited_s or 0.0))
+                        waited_s = None
+        finally:
+            place.leave()

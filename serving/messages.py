@@ -2,19 +2,31 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Annotated, ClassVar, Literal
 
-from pydantic import BeforeValidator
+from pydantic import BeforeValidator, WithJsonSchema
 
 from serving.errors import BadRequest
 from serving.registry.base import LoadedBase
 from serving.registry.catalog import ServedModel
-from serving.wire import Harmless, Text, Wire
+from serving.wire import Harmless, Text, Wire, unsupported
 from training.chat import Message, TemplateError, render_chat, render_prompt, with_default_system
 
 MAX_MESSAGES = 512  # of a chat: the time to render one grows with the square of its replies
 _PART_KEYS = {"type", "text"}
+# Where a template puts tools, and how a model writes a call, differ from family to family.
+NO_TOOLS = (
+    "no chat template that is proven here (SmolLM2, Qwen2) renders tools, and no call is parsed from a reply; describe "
+    "the functions in a message, and hold the reply to a JSON Schema by response_format"
+)
+_PART_SCHEMA = {
+    "type": "object",
+    "properties": {"type": {"const": "text"}, "text": {"type": "string"}},
+    "required": ["type", "text"],
+    "additionalProperties": False,
+}
+_CONTENT_SCHEMA = {"anyOf": [{"type": "string"}, {"type": "array", "items": _PART_SCHEMA, "minItems": 1}]}
 
 
 def _joined_parts(content: object) -> object:
@@ -35,7 +47,14 @@ def _joined_parts(content: object) -> object:
     return "\n".join(texts)
 
 
+def _known_role(role: object) -> object:
+    if role in ("tool", "function"):
+        raise unsupported(f"{role!r} messages carry a call's result: {NO_TOOLS}")
+    return role
+
+
 class ChatMessage(Wire):
+    remedies: ClassVar[Mapping[str, str]] = dict.fromkeys(("tool_calls", "function_call", "tool_call_id"), NO_TOOLS)
     harmless: ClassVar[Harmless] = {
         "tool_calls": ([],),
         "function_call": (),
@@ -46,8 +65,8 @@ class ChatMessage(Wire):
         "reasoning_content": (),
         "prefix": (False,),
     }
-    role: Literal["system", "developer", "user", "assistant"]
-    content: Annotated[Text, BeforeValidator(_joined_parts)]
+    role: Annotated[Literal["system", "developer", "user", "assistant"], BeforeValidator(_known_role)]
+    content: Annotated[Text, BeforeValidator(_joined_parts), WithJsonSchema(_CONTENT_SCHEMA)]
     name: str | None = None  # no supported template renders it
 
     def to_message(self) -> Message:

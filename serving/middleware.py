@@ -15,6 +15,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from serving.auth import Caller
 from serving.errors import BodyTooLarge, GraftError
 from serving.metrics import Metrics
 
@@ -31,14 +32,23 @@ class RequestFacts:
     request_id: str
     arrived_s: float = field(default_factory=time.perf_counter)
     status: int | None = None
-    model: str = ""  # a name from the catalog
+    caller: Caller | None = None  # set before any route runs
+    timeout_s: float | None = None  # from the arrival to the end of the answer
+    model: str = ""  # a name from the registry
+    arm: str = ""  # the label that routed to a revision
+    revision: str = ""  # what answered, as the response calls it
     prompt_tokens: int | None = None
     completion_tokens: int | None = None
     stream_error: str | None = None
     client_left: bool = False
+    planned_s: float | None = None  # from the arrival to the queue
     queue_s: float | None = None  # from the arrival to a row in the batch
     ttft_s: float | None = None
     total_s: float | None = None
+
+    def left_s(self) -> float | None:
+        """Returns how long the answer may take from now; None: as long as it needs."""
+        return None if self.timeout_s is None else self.arrived_s + self.timeout_s - time.perf_counter()
 
     def server_timing(self) -> str:
         """Returns what is known now, as the Server-Timing header writes it; a stream's total is not, at its status."""
@@ -53,7 +63,9 @@ def facts_of(request: Request) -> RequestFacts:
 
 def error_response(error: GraftError) -> Response:
     """Writes OpenAI's envelope, in ASCII, so that no broken character of a request can break its answer."""
-    headers = {} if error.retry_after_s is None else {"retry-after": str(error.retry_after_s)}
+    headers = dict(error.headers)
+    if error.retry_after_s is not None:
+        headers["retry-after"] = str(error.retry_after_s)
     return Response(json.dumps(error.envelope()), error.status, headers, "application/json")
 
 
@@ -94,7 +106,7 @@ class RequestRecorder:
     def _record(self, scope: Scope, facts: RequestFacts) -> None:
         route = getattr(scope.get("route"), "path", "unmatched")
         status = "cancelled" if facts.status is None else str(facts.status)
-        self._metrics.requests.labels(route, facts.model, status).inc()
+        self._metrics.requests.labels(route, facts.model, facts.arm, status).inc()
         line: dict[str, Any] = {
             "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
             "event": "request",
@@ -103,9 +115,12 @@ class RequestRecorder:
             "path": scope["path"],
             "status": facts.status,
             "seconds": round(time.perf_counter() - facts.arrived_s, 6),
+            "key": None if facts.caller is None else facts.caller.name,
             "model": facts.model or None,
+            "arm": facts.arm or None,
             "prompt_tokens": facts.prompt_tokens,
             "completion_tokens": facts.completion_tokens,
+            "queue_s": None if facts.queue_s is None else round(facts.queue_s, 6),
             "stream_error": facts.stream_error,
             "client_left": facts.client_left or None,
         }

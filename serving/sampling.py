@@ -2,31 +2,39 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Sequence
 from typing import Annotated, ClassVar
 
-from pydantic import BeforeValidator, Field
+from pydantic import BeforeValidator, Field, WithJsonSchema
 
 from serving.engine.completion import Choice
-from serving.engine.engine import GenerationRequest, Sampling
+from serving.engine.engine import Feature, GenerationRequest, Grammar, Sampling
+from serving.engine.grammar import check_grammar
 from serving.engine.vocabulary import Vocabulary
-from serving.errors import BadRequest, ContextTooLong
+from serving.errors import BadRequest, ContextTooLong, UnsupportedField
 from serving.registry.catalog import ServedModel
-from serving.wire import Harmless, Wire, whole_text
+from serving.response_format import ResponseFormat
+from serving.wire import Harmless, Text, Wire, whole_text
 
 MAX_STOPS = 16
 MAX_STOP_CHARACTERS = 1024
+MAX_BIASES, MAX_BIAS = 1024, 100
+_TOKEN_ID = re.compile(r"0|[1-9][0-9]{0,8}")
+_STOP_SCHEMA = {"type": "string", "minLength": 1, "maxLength": MAX_STOP_CHARACTERS}
+_STOPS_SCHEMA = {"anyOf": [_STOP_SCHEMA, {"type": "array", "items": _STOP_SCHEMA, "maxItems": MAX_STOPS}]}
+_BIASES_SCHEMA = {
+    "type": "object",
+    "propertyNames": {"pattern": f"^({_TOKEN_ID.pattern})$"},
+    "additionalProperties": {"type": "number", "minimum": -MAX_BIAS, "maximum": MAX_BIAS},
+    "maxProperties": MAX_BIASES,
+}
 # Fields of OpenAI and vLLM that both kinds of completion know, with the values that change no output.
 SHARED_HARMLESS: Harmless = {
-    "user": None,
     "metadata": None,
-    "safety_identifier": None,
-    "prompt_cache_key": None,
     "prompt_cache_retention": None,
     "store": (False,),
     "service_tier": ("auto", "default"),
-    "logit_bias": ({},),
-    "response_format": ({"type": "text"},),
     "top_k": (-1, 0),
     "min_p": (0,),
     "typical_p": (1,),
@@ -65,6 +73,17 @@ def _stops(value: object) -> object:
     return tuple(map(whole_text, stops))
 
 
+def _biases(value: object) -> object:
+    if not isinstance(value, dict) or len(value) > MAX_BIASES:
+        raise ValueError(f"has to be an object of at most {MAX_BIASES} token ids and numbers, such as {{'42': -100}}")
+    for key, bias in value.items():
+        if not (isinstance(key, str) and _TOKEN_ID.fullmatch(key)):
+            raise ValueError(f"{str(key)[:40]!r} is no token id; POST /tokenize gives them")
+        if isinstance(bias, bool) or not isinstance(bias, int | float) or not -MAX_BIAS <= bias <= MAX_BIAS:
+            raise ValueError(f"the bias of token {key} has to be a number from {-MAX_BIAS} to {MAX_BIAS}")
+    return tuple((int(key), float(bias)) for key, bias in value.items())
+
+
 class StreamOptions(Wire):
     harmless: ClassVar[Harmless] = {"include_obfuscation": (False,), "continuous_usage_stats": (False,)}
     include_usage: bool = False
@@ -76,15 +95,35 @@ class SamplingFields(Wire):
     top_p: float = Field(1.0, gt=0, le=1)
     seed: int | None = Field(None, ge=-(2**63), lt=2**63)
     n: int = Field(1, ge=1, le=16)
-    stop: Annotated[tuple[str, ...], BeforeValidator(_stops)] = ()
+    stop: Annotated[tuple[str, ...], BeforeValidator(_stops), WithJsonSchema(_STOPS_SCHEMA)] = ()
     presence_penalty: float = Field(0.0, ge=-2, le=2)
     frequency_penalty: float = Field(0.0, ge=-2, le=2)
+    logit_bias: Annotated[tuple[tuple[int, float], ...], BeforeValidator(_biases), WithJsonSchema(_BIASES_SCHEMA)] = ()
+    response_format: ResponseFormat | None = None
     stream: bool = False
     stream_options: StreamOptions | None = None
+    user: Text | None = None
+    safety_identifier: Text | None = None
+    prompt_cache_key: Text | None = None
+
+    @property
+    def routing_key(self) -> str | None:
+        """Whose request it is, for sticky routing: the first that is given of the three; none changes the output."""
+        return self.user or self.safety_identifier or self.prompt_cache_key
 
     @property
     def include_usage(self) -> bool:
         return self.stream_options is not None and self.stream_options.include_usage
+
+    def check_features(self, features: frozenset[Feature]) -> None:
+        """Raises UnsupportedField for what the engine that runs lacks."""
+        constrained = self.response_format is not None and self.response_format.type != "text"
+        if constrained and Feature.GRAMMAR not in features:
+            raise UnsupportedField(
+                "response_format: the engine that runs here cannot hold a reply to JSON; remove it or give "
+                "{'type': 'text'}, or start the server with --engine transformers or vllm",
+                param="response_format",
+            )
 
     def check_stream_options(self) -> None:
         if self.stream_options is not None and not self.stream:
@@ -126,12 +165,18 @@ def room_for(prompt_tokens: int, asked: int | None, default: int | None, context
 def choices_for(
     fields: SamplingFields,
     model: ServedModel,
+    vocabulary: Vocabulary,
     response_id: str,
     prompts: Sequence[tuple[tuple[int, ...], int]],
     logprobs: int | None,
     prompt_logprobs: int | None = None,
 ) -> tuple[Choice, ...]:
-    """Returns `n` choices a prompt; each prompt comes with its completion tokens. Choice i of a prompt has seed + i."""
+    """Returns `n` choices a prompt; each prompt comes with its completion tokens. Choice i of a prompt has seed + i.
+
+    Raises BadRequest for a schema that no reply can be held to, and for a bias on what is no token.
+    """
+    grammar = _grammar(fields)
+    _check_biases(fields, vocabulary)
     choices: list[Choice] = []
     for prompt_ids, max_tokens in prompts:
         for number in range(fields.n):
@@ -142,6 +187,8 @@ def choices_for(
                 seed=None if fields.seed is None else _wrap(fields.seed + number),
                 presence_penalty=fields.presence_penalty,
                 frequency_penalty=fields.frequency_penalty,
+                logit_bias=fields.logit_bias,
+                grammar=grammar,
                 stop_token_ids=model.stop_token_ids,
             )
             index = len(choices)
@@ -150,6 +197,19 @@ def choices_for(
             )
             choices.append(Choice(index, request, fields.stop))
     return tuple(choices)
+
+
+def _grammar(fields: SamplingFields) -> Grammar | None:
+    grammar = None if fields.response_format is None else fields.response_format.grammar()
+    if grammar is not None:
+        check_grammar(grammar)
+    return grammar
+
+
+def _check_biases(fields: SamplingFields, vocabulary: Vocabulary) -> None:
+    wrong = next((token_id for token_id, _ in fields.logit_bias if token_id >= vocabulary.size), None)
+    if wrong is not None:
+        raise BadRequest(f"logit_bias: id {wrong} is not among 0 to {vocabulary.size - 1}", param="logit_bias")
 
 
 def _wrap(seed: int) -> int:

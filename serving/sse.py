@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import logging
 from collections.abc import AsyncGenerator, Callable, Mapping
@@ -15,6 +16,7 @@ from serving.errors import ClientClosed, GraftError
 
 logger = logging.getLogger("graft.sse")
 DONE = b"data: [DONE]\n\n"
+SLOW_READER_S = 30.0
 
 
 def encode(text: str) -> bytes:
@@ -48,22 +50,37 @@ def _error_event(error: Exception, on_error: Callable[[GraftError], None]) -> by
 
 
 class EventStream(Response):
-    """Sends `first`, then the rest; closes the generator when it ends and when the client leaves."""
+    """Sends `first`, then the rest; closes the generator when it ends and when the client leaves.
+
+    What was made by the request's deadline may be read for `grace_s` more: a client that reads nothing keeps nothing.
+    """
 
     media_type = "text/event-stream"
 
-    def __init__(self, first: bytes, rest: AsyncGenerator[bytes, None], headers: Mapping[str, str]) -> None:
+    def __init__(
+        self,
+        first: bytes,
+        rest: AsyncGenerator[bytes, None],
+        headers: Mapping[str, str],
+        grace_s: float = SLOW_READER_S,
+    ) -> None:
         # Proxies must neither keep nor gather the events.
         super().__init__(headers={"cache-control": "no-store", "x-accel-buffering": "no", **headers})
         del self.headers["content-length"]
         self._first = first
         self._rest = rest
+        self._grace_s = grace_s
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        facts = scope["state"]["facts"]
+        left_s = facts.left_s()
         try:
-            await unless_gone(receive, self._send(send))
+            async with asyncio.timeout(None if left_s is None else left_s + self._grace_s):
+                await unless_gone(receive, self._send(send))
         except ClientClosed:
-            scope["state"]["facts"].client_left = True
+            facts.client_left = True
+        except TimeoutError:  # the connection is cut: its answer is not whole
+            facts.stream_error = "slow_reader"
         finally:
             await self._rest.aclose()
 

@@ -6,7 +6,7 @@ import difflib
 from collections.abc import Mapping
 from typing import Annotated, Any, ClassVar
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, GetJsonSchemaHandler, model_validator
 from pydantic_core import PydanticCustomError
 
 
@@ -26,11 +26,12 @@ Harmless = Mapping[str, tuple[object, ...] | None]
 class Wire(BaseModel):
     """`harmless` lists OpenAI's other fields with the values that change no output; None stands for any value.
 
-    A null is an absent field, as OpenAI's clients mean it.
+    `remedies` says for some of them what to do instead. A null is an absent field, as OpenAI's clients mean it.
     """
 
     model_config = ConfigDict(strict=True, extra="forbid", frozen=True, allow_inf_nan=False)
     harmless: ClassVar[Harmless] = {}
+    remedies: ClassVar[Mapping[str, str]] = {}
 
     @model_validator(mode="before")
     @classmethod
@@ -41,14 +42,31 @@ class Wire(BaseModel):
 
     @classmethod
     def _keeps(cls, name: str, value: object) -> bool:
-        if name in cls.model_fields:
-            return value is not None or cls.model_fields[name].is_required()
+        fields = {field.alias or own: field for own, field in cls.model_fields.items()}
+        if name in fields:
+            return value is not None or fields[name].is_required()
         if name not in cls.harmless:
-            raise _unknown(name, [*cls.model_fields, *cls.harmless])
+            raise _unknown(name, [*fields, *cls.harmless])
         allowed = cls.harmless[name]
         if value is None or allowed is None or any(_same(value, other) for other in allowed):
             return False
-        raise _unsupported(name, value, allowed)
+        raise unsupported(cls.remedies.get(name) or _removal(allowed), name)
+
+    @classmethod
+    def __get_pydantic_json_schema__(cls, core_schema: Any, handler: GetJsonSchemaHandler) -> dict[str, Any]:
+        """Adds what the fields do not say: a null is an absent field, and the harmless values of the others."""
+        reference = handler(core_schema)
+        schema = handler.resolve_ref_schema(reference)
+        required, properties = schema.get("required", []), schema["properties"]
+        for name in properties.keys() - set(required):
+            properties[name] = _or_null(properties[name])
+        for name, allowed in cls.harmless.items():
+            if allowed is None:
+                properties[name] = {"description": "Changes no output."}
+            else:
+                choice = {"enum": [*allowed, None]}
+                properties[name] = {"description": "Changes no output; other values are refused.", **choice}
+        return reference
 
 
 def _same(value: object, other: object) -> bool:
@@ -63,7 +81,20 @@ def _unknown(name: str, known: list[str]) -> PydanticCustomError:
     return PydanticCustomError("unknown_field", "is no field of this request; {hint}", {"field": name, "hint": hint})
 
 
-def _unsupported(name: str, value: object, allowed: tuple[object, ...]) -> PydanticCustomError:
-    choice = f"remove it or give {' or '.join(map(repr, allowed))}" if allowed else "remove it"
-    message = "is not supported and would change the output; {choice}"
-    return PydanticCustomError("unsupported_field", message, {"field": name, "choice": choice})
+def unsupported(remedy: str, name: str | None = None) -> PydanticCustomError:
+    """Is for a known value that would change the output, of field `name`, or of the one that is validated."""
+    context = {"remedy": remedy} if name is None else {"remedy": remedy, "field": name}
+    return PydanticCustomError("unsupported_field", "is not supported and would change the output; {remedy}", context)
+
+
+def _removal(allowed: tuple[object, ...]) -> str:
+    return f"remove it or give {' or '.join(map(repr, allowed))}" if allowed else "remove it"
+
+
+def _or_null(schema: dict[str, Any]) -> dict[str, Any]:
+    if {"type": "null"} in schema.get("anyOf", []):
+        return schema
+    outer: dict[str, Any] = {key: schema.pop(key) for key in ("default", "title", "description") if key in schema}
+    if outer.get("default") == []:  # what an absent field is read as, not a value that it takes
+        del outer["default"]
+    return {"anyOf": [schema, {"type": "null"}], **outer}

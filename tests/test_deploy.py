@@ -17,6 +17,10 @@ import httpx
 import pytest
 import yaml
 
+from serving.keys import KeyRing
+from serving.keys import main as key_command
+from tests.tiny import make_fake_app, running_server
+
 ROOT = Path(__file__).resolve().parent.parent
 DEPLOY = ROOT / "deploy"
 MANIFESTS = sorted([*DEPLOY.rglob("*.yaml"), *DEPLOY.rglob("*.yml")])
@@ -84,6 +88,16 @@ def test_probes_ask_paths_that_answer(fake_server):
         assert httpx.get(fake_server + path).status_code == 200
     done = probe("ready", fake_server)
     assert (done.returncode, done.stdout) == (0, "status 200\n")
+
+
+def test_a_server_with_keys_is_ready_and_the_examples_say_how_to_send_one(tiny_base, tmp_path):
+    assert key_command(["new", "ann", "--keys", str(tmp_path / "keys.toml")]) == 0
+    app, _ = make_fake_app(tiny_base, {}, keys=KeyRing(tmp_path / "keys.toml"))
+    with running_server(app) as url:
+        assert probe("ready", url).returncode == 0
+        done = probe("examples", url)
+    assert done.returncode == 0
+    assert f"curl {url}/v1/models -H 'Authorization: Bearer KEY'" in done.stdout
 
 
 def test_selectors_find_the_pods():

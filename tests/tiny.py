@@ -18,16 +18,19 @@ from transformers import PreTrainedTokenizerFast
 
 from serving.app import create_app
 from serving.engine.fake_engine import FakeEngine
-from serving.registry.catalog import load_catalog
+from serving.registry.boot import open_registry
 from training.artifact import (
+    CERTIFICATE_NAME,
     AdapterManifest,
     BaseSection,
     ChatSection,
     DataSection,
     LoraSection,
     LossSection,
+    MergeCertificate,
     fingerprint_base,
     hash_files,
+    read_manifest,
     write_manifest,
 )
 from training.chat import default_system_prompt, end_of_turn_id, template_hash
@@ -48,6 +51,18 @@ TEMPLATE = (
     "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
 )
 TINY_CONTEXT = 512  # tokens
+# Of `make_fake_app`; all others are the engine's.
+REGISTRY_OPTIONS = {"state": "state_dir", "adapter_roots": "adapter_roots", "max_adapters": "max_adapters"}
+APP_OPTIONS = (
+    "max_queue",
+    "body_limit_bytes",
+    "keys",
+    "deadline_s",
+    "stall_s",
+    "on_failure",
+    "on_death",
+    "stopping",
+)
 
 
 def make_tokenizer(vocabulary_size: int = 400) -> PreTrainedTokenizerFast:
@@ -101,8 +116,12 @@ def make_tiny_adapter(
     from peft import LoraConfig, get_peft_model
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
+    from training import attention
+    from training.probes import write_probes
+
     torch.manual_seed(seed)
-    base = AutoModelForCausalLM.from_pretrained(base_dir)
+    attention.register()
+    base = AutoModelForCausalLM.from_pretrained(base_dir, attn_implementation=attention.NAME)
     model = get_peft_model(base, LoraConfig(r=4, lora_alpha=8, target_modules="all-linear", task_type="CAUSAL_LM"))
     with torch.no_grad():
         for parameter_name, parameter in model.named_parameters():
@@ -111,6 +130,8 @@ def make_tiny_adapter(
     model.save_pretrained(directory)
     tokenizer = AutoTokenizer.from_pretrained(base_dir)
     tokenizer.save_pretrained(directory)
+    added = (system_prompt or default_system_prompt(tokenizer)) if mode == "qwen" else None
+    write_probes(directory, model, tokenizer, added)
     targets = tuple(sorted(model.peft_config["default"].target_modules))
     write_manifest(directory, make_manifest(base_dir, directory, name, seed, tokenizer, targets, mode, system_prompt))
     return directory
@@ -166,21 +187,46 @@ def make_manifest(
     )
 
 
-def make_fake_app(base_dir: Path, adapters: dict[str, Path], **engine_options: Any) -> tuple[FastAPI, FakeEngine]:
-    """Returns the real app over a FakeEngine; `engine_options` go to the engine, those of `create_app` to the app."""
-    app_options = {
-        key: engine_options.pop(key) for key in ("max_queue", "body_limit_bytes", "on_failure") if key in engine_options
+def make_certificate(merged: Path, adapter: Path, **changes: Any) -> MergeCertificate:
+    """Writes into `merged` a certificate that passes, as `training merge` does but for `changes`; returns it."""
+    manifest = read_manifest(adapter)
+    facts = {
+        "adapter_digest": manifest.digest,
+        "base_fingerprint": manifest.base.fingerprint,
+        "merged_fingerprint": fingerprint_base(merged),
+        "chat": manifest.chat,
+        "dtype": "float32",
+        "rows": 1,
+        "positions": 1,
+        "kl_nats_mean": 0.0,
+        "kl_nats_max": 0.0,
+        "kl_nats_allowed": 0.1,
+        "kl_nats_base_mean": 1.0,
+        "top1_agreement": 1.0,
+        "top1_agreement_base": 0.5,
+        "nll_nats_adapter": 1.0,
+        "nll_nats_merged": 1.0,
     }
-    catalog = load_catalog("base", base_dir, adapters=adapters, merged={})
-    tokenizer = catalog.base.tokenizer
+    certificate = MergeCertificate.model_validate({**facts, **changes})
+    (merged / CERTIFICATE_NAME).write_text(certificate.model_dump_json(), encoding="utf-8")
+    return certificate
+
+
+def make_fake_app(base_dir: Path, adapters: dict[str, Path], **engine_options: Any) -> tuple[FastAPI, FakeEngine]:
+    """Returns the real app over a FakeEngine; `engine_options` go to the engine, others to the registry and app."""
+    registry_options = {
+        parameter: engine_options.pop(key) for key, parameter in REGISTRY_OPTIONS.items() if key in engine_options
+    }
+    app_options = {key: engine_options.pop(key) for key in APP_OPTIONS if key in engine_options}
+    registry = open_registry("base", base_dir, adapters=adapters, **registry_options)
     options = {
         "context_length": TINY_CONTEXT,
-        "vocabulary_size": catalog.base.vocabulary.size,
-        "end_of_turn_id": end_of_turn_id(tokenizer),
+        "vocabulary_size": registry.base.vocabulary.size,
+        "end_of_turn_id": end_of_turn_id(registry.base.tokenizer),
         **engine_options,
     }
     engine = FakeEngine(**options)
-    return create_app(engine=engine, catalog=catalog, max_batch=engine.max_batch, **app_options), engine
+    return create_app(engine=engine, registry=registry, max_batch=engine.max_batch, **app_options), engine
 
 
 @contextmanager

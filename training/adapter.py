@@ -19,10 +19,11 @@ from training.artifact import (
     write_manifest,
 )
 from training.chat import end_of_turn_id, template_hash
-from training.checkpoint import sync
 from training.config import TrainConfig
+from training.disk import sync
 from training.log import TrainLog
 from training.prepare import system_prompt
+from training.probes import write_probes
 from training.run import Run
 
 _PACKAGES = ("torch", "transformers", "peft", "bitsandbytes", "accelerate", "datasets")
@@ -33,18 +34,22 @@ def save_adapter(directory: Path, run: Run, log: TrainLog) -> AdapterManifest:
     temporary = directory.with_name(directory.name + ".tmp")
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)
-    run.peft_model.peft_config["default"].base_model_name_or_path = run.base.model_id
+    lora = run.peft_model.peft_config["default"]
+    lora.base_model_name_or_path = run.base.model_id
+    lora.target_modules = sorted(lora.target_modules)  # peft writes a set, whose order differs from process to process
     run.peft_model.save_pretrained(temporary, save_embedding_layers=False)
     (temporary / "README.md").unlink(missing_ok=True)  # peft's model card is an empty form
     run.tokenizer.save_pretrained(temporary)
+    with run.accelerator.autocast():  # the arithmetic it was trained in
+        write_probes(temporary, run.peft_model, run.tokenizer, _chat(run).added_system_prompt)
     manifest = _manifest(temporary, run, log)
     for path in temporary.iterdir():
         sync(path)
     write_manifest(temporary, manifest)
     sync(temporary)
     old = directory.with_name(directory.name + ".old")
-    shutil.rmtree(old, ignore_errors=True)
     if directory.exists():
+        shutil.rmtree(old, ignore_errors=True)
         directory.rename(old)
     temporary.rename(directory)
     sync(directory.parent)
@@ -52,19 +57,23 @@ def save_adapter(directory: Path, run: Run, log: TrainLog) -> AdapterManifest:
     return manifest
 
 
+def _chat(run: Run) -> ChatSection:
+    return ChatSection(
+        mode=run.config.data.template,
+        template_sha256=template_hash(run.tokenizer),
+        default_system_prompt=system_prompt(run.tokenizer, run.config.data),
+        stop_token_ids=(end_of_turn_id(run.tokenizer),),
+    )
+
+
 def _manifest(directory: Path, run: Run, log: TrainLog) -> AdapterManifest:
-    config, tokenizer, base = run.config, run.tokenizer, run.base
+    config, base = run.config, run.base
     lora = run.peft_model.peft_config["default"]
     return AdapterManifest(
         name=config.run.name,
         created=datetime.now(UTC),
         base=BaseSection(model=base.model_id, revision=base.revision, fingerprint=run.inputs["base"]),
-        chat=ChatSection(
-            mode=config.data.template,
-            template_sha256=template_hash(tokenizer),
-            default_system_prompt=system_prompt(tokenizer, config.data),
-            stop_token_ids=(end_of_turn_id(tokenizer),),
-        ),
+        chat=_chat(run),
         quantisation="nf4-double" if config.model.quantisation == "nf4" else "none",
         compute_dtype=str(run.peft_model.get_base_model().dtype).removeprefix("torch."),
         lora=LoraSection(

@@ -8,14 +8,18 @@ import os
 from collections.abc import Iterable, Mapping
 from datetime import datetime
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import Field, ValidationError, model_validator
 
 from training.errors import TrainingError
+from training.proof import ChatSection as ChatSection  # noqa: PLC0414 - both are part of what this file gives
+from training.proof import MergeCertificate as MergeCertificate  # noqa: PLC0414
+from training.proof import Section
 
 MANIFEST_NAME = "manifest.json"
 CERTIFICATE_NAME = "merge_certificate.json"
+PROBES_NAME = "probes.json"
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
 ADAPTER_CONFIG = "adapter_config.json"
 REQUIRED_FILES = (ADAPTER_WEIGHTS, ADAPTER_CONFIG, "tokenizer.json", "tokenizer_config.json", "chat_template.jinja")
@@ -30,36 +34,20 @@ class ArtifactError(TrainingError):
         super().__init__(f"{directory}: " + "; ".join(self.problems))
 
 
-class _Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-
-class BaseSection(_Section):
+class BaseSection(Section):
     model: str  # hub id or path as the recipe names it
     revision: str | None
     fingerprint: str  # see fingerprint_base
 
 
-class ChatSection(_Section):
-    mode: Literal["model", "qwen"]
-    template_sha256: str
-    default_system_prompt: str | None  # what a server must render where a chat has no system message
-    stop_token_ids: tuple[int, ...]
-
-    @property
-    def added_system_prompt(self) -> str | None:
-        """The system text to add where a chat has none and the model's own template would render another."""
-        return self.default_system_prompt if self.mode == "qwen" else None
-
-
-class LoraSection(_Section):
+class LoraSection(Section):
     rank: int
     alpha: float
     dropout: float
     target_modules: tuple[str, ...]
 
 
-class DataSection(_Section):
+class DataSection(Section):
     dataset: str
     sha256: str
     rows_train: int
@@ -69,7 +57,7 @@ class DataSection(_Section):
     split_rule: str
 
 
-class LossSection(_Section):
+class LossSection(Section):
     """NLL in nats a labelled token."""
 
     steps: int
@@ -81,7 +69,7 @@ class LossSection(_Section):
     weights_step: int | None = None  # whose weights these are: the best's under early stopping; None: the last's
 
 
-class AdapterManifest(_Section):
+class AdapterManifest(Section):
     format_version: Literal[1] = 1
     name: str
     created: datetime
@@ -104,29 +92,32 @@ class AdapterManifest(_Section):
         return _hash_of_hashes(self.files)
 
 
-class MergeCertificate(_Section):
-    """How far a merged model stands from base + adapter, over `positions` reply tokens of `rows` held-out rows."""
+class Probe(Section):
+    """Natural logarithms of the probabilities of `ids[start:]`, each given all ids before it."""
+
+    ids: tuple[Annotated[int, Field(ge=0)], ...]
+    start: int = Field(ge=1)  # nothing predicts the first id
+    base_logprobs: tuple[Annotated[float, Field(allow_inf_nan=False)], ...]
+    adapter_logprobs: tuple[Annotated[float, Field(allow_inf_nan=False)], ...]
+
+    @model_validator(mode="after")
+    def _lengths_agree(self) -> Probe:
+        scored = len(self.ids) - self.start
+        if scored < 1 or {len(self.base_logprobs), len(self.adapter_logprobs)} != {scored}:
+            raise ValueError(
+                f"{len(self.ids)} ids from start {self.start} need {scored} log-probabilities of base and of adapter, "
+                f"not {len(self.base_logprobs)} and {len(self.adapter_logprobs)}"
+            )
+        return self
+
+
+class Probes(Section):
+    """What peft computed with base and adapter when the training ended: a server must compute the same."""
 
     format_version: Literal[1] = 1
-    adapter_digest: str
-    base_fingerprint: str
-    merged_fingerprint: str
-    chat: ChatSection  # the adapter's: a server must render the merged model's prompts as it was trained
-    dtype: str
-    rows: int
-    positions: int
-    kl_nats_mean: float  # a token's KL(base + adapter || merged)
-    kl_nats_max: float
-    kl_nats_allowed: float
-    kl_nats_base_mean: float  # a token's KL(base + adapter || base): what the adapter changed
-    top1_agreement: float
-    top1_agreement_base: float
-    nll_nats_adapter: float
-    nll_nats_merged: float
-
-    @property
-    def passed(self) -> bool:
-        return self.kl_nats_mean <= self.kl_nats_allowed
+    compute: Literal["plain", "nf4"]  # the base under peft: its own weights, or quantised
+    dtype: str  # of the arithmetic: float32, bfloat16 or float16
+    probes: tuple[Probe, ...] = Field(min_length=1)
 
 
 def sha256_file(path: Path) -> str:
@@ -185,6 +176,17 @@ def read_certificate(merged_dir: Path) -> MergeCertificate | None:
         return MergeCertificate.model_validate_json(path.read_bytes())
     except ValidationError as error:
         raise ArtifactError(merged_dir, _details(CERTIFICATE_NAME, error)) from None
+
+
+def read_probes(directory: Path) -> Probes | None:
+    """Returns an adapter's probes, or None for one that was trained before there were any. Raises ArtifactError."""
+    path = directory / PROBES_NAME
+    if not path.is_file():
+        return None
+    try:
+        return Probes.model_validate_json(path.read_bytes())
+    except ValidationError as error:
+        raise ArtifactError(directory, _details(PROBES_NAME, error)) from None
 
 
 def verify_adapter(directory: Path) -> AdapterManifest:

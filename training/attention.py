@@ -25,19 +25,22 @@ def packed_attention(
     *,
     scaling: float | None = None,
     row_lengths: tuple[int, ...] | None = None,
+    row_bounds: torch.Tensor | None = None,
+    longest_row: int | None = None,
     dropout: float = 0.0,
     **_: Any,
 ) -> tuple[torch.Tensor, None]:
     """Returns the attention output [1, T, H, D], with transformers' attention signature.
 
-    Without `row_lengths` the whole sequence is one row. Attention dropout is not applied: no supported model trains
-    with it. Raises ValueError for a batch of several sequences or with a mask, which packs never are.
+    The rows are given as `rows_of` returns them; without, the whole sequence is one row. Attention dropout is not
+    applied: no supported model trains with it. Raises ValueError for a batch of several sequences or with a mask,
+    which packs never are.
     """
     if query_1HTD.shape[0] != 1 or attention_mask is not None or dropout:
         raise ValueError("packed attention takes one sequence, no mask and no attention dropout")
+    if row_bounds is not None and longest_row is not None:
+        return _varlen(query_1HTD, key_1KTD, value_1KTD, scaling, row_bounds, longest_row), None
     lengths = row_lengths or (query_1HTD.shape[2],)
-    if _has_varlen(query_1HTD):
-        return _varlen(query_1HTD, key_1KTD, value_1KTD, scaling, lengths), None
     outputs = [
         torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scaling, enable_gqa=True)
         for q, k, v in zip(
@@ -47,9 +50,23 @@ def packed_attention(
     return torch.cat(outputs, 2).transpose(1, 2), None
 
 
-def _has_varlen(query: torch.Tensor) -> bool:
-    """PyTorch's own flash attention for rows of unequal length: Ampere and later, 16-bit."""
-    return query.is_cuda and query.dtype != torch.float32 and torch.cuda.get_device_capability(query.device) >= (8, 0)
+def rows_of(lengths: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> dict[str, Any]:
+    """Returns a pack's rows as keywords of `packed_attention`, made once for all layers.
+
+    Where the kernel takes them they are bounds on the device, int32 [rows + 1], so that a compiled layer serves every
+    number of rows.
+    """
+    if not takes_bounds(dtype, device):
+        return {"row_lengths": lengths}
+    bounds = torch.nn.functional.pad(torch.tensor(lengths).cumsum(0, dtype=torch.int32), (1, 0))
+    return {"row_bounds": bounds.to(device), "longest_row": max(lengths)}
+
+
+def takes_bounds(dtype: torch.dtype, device: torch.device) -> bool:
+    """Whether PyTorch's own flash attention for rows of unequal length runs: Ampere and later, 16-bit."""
+    if device.type != "cuda" or dtype == torch.float32:
+        return False
+    return torch.cuda.get_device_capability(device) >= (8, 0)
 
 
 def _varlen(
@@ -57,15 +74,14 @@ def _varlen(
     key_1KTD: torch.Tensor,
     value_1KTD: torch.Tensor,
     scaling: float | None,
-    lengths: tuple[int, ...],
+    bounds: torch.Tensor,
+    longest: int,
 ) -> torch.Tensor:
     from torch.nn.attention.varlen import varlen_attn
 
     groups = query_1HTD.shape[1] // key_1KTD.shape[1]
     query, key, value = (tensor[0].transpose(0, 1) for tensor in (query_1HTD, key_1KTD, value_1KTD))  # [T, heads, D]
     key, value = (tensor.repeat_interleave(groups, 1) for tensor in (key, value))
-    bounds = torch.nn.functional.pad(torch.tensor(lengths, device=query.device).cumsum(0, dtype=torch.int32), (1, 0))
-    longest = max(lengths)
     out = varlen_attn(
         query.contiguous(), key.contiguous(), value.contiguous(), bounds, bounds, longest, longest,
         scale=scaling, window_size=(-1, 0),

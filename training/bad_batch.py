@@ -33,23 +33,23 @@ def require_finite(run: Run, step: int, rows: Sequence[int], nll_nats: float, gr
         return
     what = f"gradient norm is {grad_norm}" if math.isfinite(nll_nats) else f"loss is {nll_nats}"
     path = run.out / BAD_BATCH
+    losses = {row: _nll_alone(run, row) for row in rows}  # in every process: a sharded model needs them all
     if run.accelerator.is_main_process:
-        _save(run, path, step, rows, {"nll_nats": str(nll_nats), "grad_norm": str(grad_norm)})
+        _save(run, path, step, losses, {"nll_nats": str(nll_nats), "grad_norm": str(grad_norm)})
     raise NonFiniteError(
         f"step {step}: the {what}; its rows are in {path}, and the checkpoints before it stay. Mend or leave out those "
         f"rows, or lower optim.learning_rate = {run.config.optim.learning_rate}, and start with --fresh"
     )
 
 
-def _save(run: Run, path: Path, step: int, rows: Sequence[int], values: dict[str, str]) -> None:
+def _save(run: Run, path: Path, step: int, losses: dict[int, float], values: dict[str, str]) -> None:
     """Writes the rows whose own loss is not finite; all of the step's where each alone is finite."""
-    losses = {row: _nll_alone(run, row) for row in rows}
-    bad = [row for row in rows if not math.isfinite(losses[row])]
+    bad = [row for row, nll_nats in losses.items() if not math.isfinite(nll_nats)]
     found = {
         "step": step,
         **values,
-        "rows_of_the_step": [run.data.train_numbers[row] for row in rows],
-        "rows": [_describe(run, row, losses[row]) for row in bad or rows],
+        "rows_of_the_step": [run.data.train_numbers[row] for row in losses],
+        "rows": [_describe(run, row, losses[row]) for row in bad or losses],
     }
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(found, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
@@ -68,7 +68,7 @@ def _describe(run: Run, row: int, nll_nats: float) -> dict[str, Any]:
 
 @torch.no_grad()
 def _nll_alone(run: Run, row: int) -> float:
-    """Returns the row's summed NLL, of this process alone: the others do not take part."""
+    """Returns the row's summed NLL."""
     (pack,) = pack_rows([run.data.train[row]], budget=1)
     with run.accelerator.autocast():
         return float(run.accelerator.unwrap_model(run.loss)(pack.to(run.accelerator.device)))

@@ -1,32 +1,40 @@
-"""The merge certificate: does the merged model answer as base + adapter do, measured on held-out rows."""
+"""The merge certificate: is the merged model base + adapter, by its weights and by its answers on held-out rows."""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import peft
 import torch
-from transformers import AutoModelForCausalLM
 
-from training import attention
-from training.artifact import CERTIFICATE_NAME, MergeCertificate, fingerprint_base, read_manifest
-from training.batch import pack_rows, targets
-from training.chat import IGNORED_LABEL, Message, TrainExample, render_example, with_default_system
+from training.artifact import (
+    CERTIFICATE_NAME,
+    AdapterManifest,
+    MergeCertificate,
+    fingerprint_base,
+    read_manifest,
+    read_probes,
+)
+from training.chat import Message, TrainExample, render_example, with_default_system
+from training.deltas import Deltas, read_deltas
+from training.distance import Distance, distances
 from training.errors import TrainingError
-from training.model import PackLoss, load_tokenizer, refuse_unsupported
+from training.ground import Onto, ground_of
+from training.model import load_tokenizer
+from training.probes import probe_compute, probe_error
+from training.proof import ProbeError
+from training.reading import Reading, head_of, load_adapted, load_merged, read, round_anew
+from training.survival import measure_survival
 
-PACK_TOKENS = 2048
-# A merge may differ by rounding. In fp32 that is next to nothing; 16-bit arithmetic alone moves a 7B model by about
-# 2e-3 nats a token, and rounded weights may cost a small share of what the adapter changed.
-ROUNDING_KL_NATS = {torch.float32: 1e-5, torch.bfloat16: 2e-3, torch.float16: 1e-3}
-MAX_SHARE_OF_CHANGE = {torch.float32: 0.0, torch.bfloat16: 0.05, torch.float16: 0.05}
-_POSITIONS_AT_ONCE = 256
+# In fp32 two ways to one sum differ by 1e-6 of a logit, and the KL of a token's 50,000 probabilities by about 1e-7.
+KL_RESOLUTION_NATS = 1e-5
+# A merge rounds what base + adapter leaves unrounded: once as rounding anew does, and again in each product.
+_ROUNDINGS = 3.0
+# More than this share of what the adapter changed is no rounding, whatever the dtype.
+_SHARE_OF_CHANGE = 0.5
 
-# N labelled positions, D hidden size, V vocabulary
 Chat = tuple[Message, ...]
 
 
@@ -34,25 +42,32 @@ class CertificateError(TrainingError):
     """Nothing to certify on."""
 
 
-@torch.inference_mode()
 def certify(
-    adapter_dir: Path, base_dir: Path, merged_dir: Path, held_out: Sequence[Chat], device: torch.device
+    adapter_dir: Path,
+    base_dir: Path,
+    merged_dir: Path,
+    held_out: Sequence[Chat],
+    device: torch.device,
+    onto: Onto = Onto.PLAIN,
 ) -> MergeCertificate:
-    """Measures both on held-out chats, one model in memory at a time, and writes the certificate into `merged_dir`."""
+    """Measures a merged model against base + adapter as peft computes it, and writes the certificate into `merged_dir`.
+
+    First the weights, one matrix at a time; then the answers, one model in memory at a time, in the merged dtype: a 7B
+    model in 16 bits needs 15 GiB, and 2 GiB for the head in fp32. The KL allowed in 16 bits is measured in the same
+    run, by rounding the merged weights anew. Raises BrokenMergeError where the weights are not base + update.
+
+    Numbers of random weights mean little: their answers hang on the last bit, and no adapter has taught them anything.
+    """
     manifest = read_manifest(adapter_dir)
-    system = manifest.chat.added_system_prompt
-    examples = _examples(load_tokenizer(merged_dir), held_out, system)
-    merged = _load(merged_dir, None, device)
-    dtype = merged.dtype
-    hidden_merged_ND, targets_N = _hidden(merged, examples, device)
-    del merged
-    reference = peft.PeftModel.from_pretrained(_load(base_dir, dtype, device), str(adapter_dir))
-    hidden_adapter_ND, _ = _hidden(reference, examples, device)
-    with reference.disable_adapter():
-        hidden_base_ND, _ = _hidden(reference, examples, device)
-    head_VD = reference.get_base_model().get_output_embeddings().weight  # LoRA never touches it
-    merged_far = _compare(hidden_adapter_ND, hidden_merged_ND, targets_N, head_VD)
-    base_far = _compare(hidden_adapter_ND, hidden_base_ND, targets_N, head_VD)
+    deltas = read_deltas(adapter_dir)
+    survival = measure_survival(deltas, ground_of(base_dir, manifest, onto), merged_dir)
+    examples = render_held_out(merged_dir, held_out, manifest)
+    merged, dtype, rounding = _read_merged(merged_dir, examples, deltas, _trained_arithmetic(manifest, onto), device)
+    reference = load_adapted(adapter_dir, base_dir, manifest, onto, dtype, device)
+    adapter, base, head_VD = _read_reference(reference, examples)
+    probes = _check_probes(adapter_dir, reference)
+    del reference
+    merged_far, base_far = distances(adapter, [merged, base], head_VD)
     certificate = MergeCertificate(
         adapter_digest=manifest.digest,
         base_fingerprint=manifest.base.fingerprint,
@@ -60,18 +75,26 @@ def certify(
         chat=manifest.chat,
         dtype=str(dtype).removeprefix("torch."),
         rows=len(examples),
-        positions=len(targets_N),
-        kl_nats_mean=merged_far.kl_nats_mean,
-        kl_nats_max=merged_far.kl_nats_max,
-        kl_nats_base_mean=base_far.kl_nats_mean,
+        positions=len(merged.targets_N),
+        kl_nats_mean=merged_far.kl_mean,
+        kl_nats_max=merged_far.kl_max,
+        kl_nats_base_mean=base_far.kl_mean,
         top1_agreement=merged_far.top1_agreement,
         top1_agreement_base=base_far.top1_agreement,
-        nll_nats_adapter=merged_far.nll_nats_left,
-        nll_nats_merged=merged_far.nll_nats_right,
-        kl_nats_allowed=max(ROUNDING_KL_NATS[dtype], MAX_SHARE_OF_CHANGE[dtype] * base_far.kl_nats_mean),
+        nll_nats_adapter=merged_far.nll_reference_N.mean().item(),
+        nll_nats_merged=merged_far.nll_variant_N.mean().item(),
+        kl_nats_allowed=_allowed(rounding, base_far),
+        onto=onto.value,
+        kl_nats_rounding=rounding,
+        survival=survival,
+        probes=probes,
     )
-    (merged_dir / CERTIFICATE_NAME).write_text(certificate.model_dump_json(indent=2) + "\n", encoding="utf-8")
+    write_certificate(merged_dir, certificate)
     return certificate
+
+
+def write_certificate(merged_dir: Path, certificate: MergeCertificate) -> None:
+    (merged_dir / CERTIFICATE_NAME).write_text(certificate.model_dump_json(indent=2) + "\n", encoding="utf-8")
 
 
 def read_held_out(path: Path, rows: int) -> list[Chat]:
@@ -95,57 +118,56 @@ def _chat(path: Path, number: int, line: str) -> Chat:
         raise CertificateError(f'{path}, line {number}: expected {{"messages": [...], "reference": "..."}}') from None
 
 
-def _examples(tokenizer: Any, chats: Sequence[Chat], system: str | None) -> list[TrainExample]:
+def render_held_out(directory: Path, chats: Sequence[Chat], manifest: AdapterManifest) -> list[TrainExample]:
+    """Renders chats with a directory's tokenizer as a server of that adapter does."""
+    tokenizer, system = load_tokenizer(directory), manifest.chat.added_system_prompt
     return [render_example(tokenizer, with_default_system(chat, system)) for chat in chats]
 
 
-def _load(directory: Path, dtype: torch.dtype | None, device: torch.device) -> Any:
-    attention.register()
-    model = AutoModelForCausalLM.from_pretrained(
-        str(directory), dtype=dtype or "auto", device_map={"": device}, attn_implementation=attention.NAME
-    )
-    refuse_unsupported(model.config)
-    return model.eval()
+def _trained_arithmetic(manifest: AdapterManifest, onto: Onto) -> torch.dtype | None:
+    """Returns the 16-bit dtype that NF4 training computed in, which its merge is read in too; else None."""
+    dtype: torch.dtype = getattr(torch, manifest.compute_dtype)
+    return dtype if onto is Onto.DEQUANTISED and dtype != torch.float32 else None
 
 
-def _hidden(model: Any, examples: Sequence[TrainExample], device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
-    """Returns the last hidden states that predict reply tokens, [N, D], and those tokens, [N]."""
-    network = PackLoss(model)
-    hidden, wanted = [], []
-    for pack in (pack.to(device) for pack in pack_rows(examples, PACK_TOKENS)):
-        targets_T = targets(pack)
-        keep = targets_T != IGNORED_LABEL
-        hidden.append(network.hidden(pack)[keep])
-        wanted.append(targets_T[keep])
-    return torch.cat(hidden), torch.cat(wanted)
+def _read_merged(
+    merged_dir: Path,
+    examples: Sequence[TrainExample],
+    deltas: Deltas,
+    arithmetic: torch.dtype | None,
+    device: torch.device,
+) -> tuple[Reading, torch.dtype, float | None]:
+    """Returns the merged model's reading in `arithmetic`, or its own dtype; that dtype; and the rounding's KL.
+
+    That is the mean KL which rounding the weights anew makes; None in fp32.
+    """
+    model = load_merged(merged_dir, device)
+    stored = model.dtype
+    model.to(arithmetic or stored)
+    reading = read(model, examples)
+    if model.dtype == torch.float32:
+        return reading, stored, None
+    head_VD = head_of(model)
+    round_anew(model, deltas.a_RI)
+    (rounded,) = distances(reading, [read(model, examples)], head_VD)
+    return reading, stored, rounded.kl_mean
 
 
-@dataclass(frozen=True, slots=True)
-class _Distance:
-    """From one model's distributions (left) to another's (right), over all positions."""
-
-    kl_nats_mean: float
-    kl_nats_max: float
-    top1_agreement: float
-    nll_nats_left: float
-    nll_nats_right: float
+def _read_reference(model: Any, examples: Sequence[TrainExample]) -> tuple[Reading, Reading, torch.Tensor]:
+    """Returns a peft model's readings with and without its adapter, and the head that both share."""
+    adapter = read(model, examples)
+    with model.disable_adapter():
+        base = read(model, examples)
+    return adapter, base, head_of(model)
 
 
-def _compare(
-    left_ND: torch.Tensor, right_ND: torch.Tensor, targets_N: torch.Tensor, head_VD: torch.Tensor
-) -> _Distance:
-    kl, agree, nll = [], [], []
-    for start in range(0, len(targets_N), _POSITIONS_AT_ONCE):
-        part = slice(start, start + _POSITIONS_AT_ONCE)
-        left, right = ((hidden[part] @ head_VD.T).float().log_softmax(-1) for hidden in (left_ND, right_ND))
-        kl.append((left.exp() * (left - right)).sum(-1))
-        agree.append(left.argmax(-1) == right.argmax(-1))
-        nll.append(torch.stack([-side.gather(1, targets_N[part, None]).squeeze(1) for side in (left, right)]))
-    kl_N, agree_N, nll_2N = torch.cat(kl).double(), torch.cat(agree).double(), torch.cat(nll, 1).double()
-    return _Distance(
-        kl_nats_mean=max(kl_N.mean().item(), 0.0),  # rounding may leave -1e-9
-        kl_nats_max=max(kl_N.max().item(), 0.0),
-        top1_agreement=agree_N.mean().item(),
-        nll_nats_left=nll_2N[0].mean().item(),
-        nll_nats_right=nll_2N[1].mean().item(),
-    )
+def _check_probes(adapter_dir: Path, reference: Any) -> ProbeError | None:
+    """Returns None where there are no probes, or the reference does not compute as they were recorded."""
+    probes = read_probes(adapter_dir)
+    if probes is None or (probes.compute, probes.dtype) != probe_compute(reference):
+        return None
+    return probe_error(reference, probes)
+
+
+def _allowed(rounding: float | None, base: Distance) -> float:
+    return max(KL_RESOLUTION_NATS, min(_ROUNDINGS * (rounding or 0.0), _SHARE_OF_CHANGE * base.kl_mean))

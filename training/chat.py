@@ -11,6 +11,7 @@ from typing import Any, Literal, Protocol, cast
 from training.errors import TrainingError
 
 Role = Literal["system", "user", "assistant"]
+Turns = Literal["all", "last"]  # of a chat, whose replies are trained
 IGNORED_LABEL = -100  # torch's cross-entropy skips this label
 
 # LLaMA-Factory's `qwen` template adds Qwen2.5's system prompt, whatever the model's own template says.
@@ -97,17 +98,23 @@ def render_chat(tokenizer: Tokenizer, messages: Sequence[Message]) -> tuple[int,
 
 
 def render_example(
-    tokenizer: Tokenizer, messages: Sequence[Message], cutoff: int | None = None, *, label_turn_tail: bool = False
+    tokenizer: Tokenizer,
+    messages: Sequence[Message],
+    cutoff: int | None = None,
+    *,
+    label_turn_tail: bool = False,
+    turns: Turns = "all",
 ) -> TrainExample:
     """Returns the training ids of a chat: every assistant text and its end-of-turn token is labelled.
 
-    `label_turn_tail` also labels what the template puts after that token (LLaMA-Factory trains ChatML's newline).
+    `turns="last"` labels the last one alone, for templates that rewrite earlier ones. `label_turn_tail` also labels
+    what the template puts after that token (LLaMA-Factory trains ChatML's newline).
     A chat over `cutoff` tokens loses content from its longest messages, never headers or end-of-turn tokens; the
     end of a shortened reply is not labelled, since no one wrote it. Raises TemplateError where the chat has no reply,
     where no content is left to cut, and for templates whose prompt is not a prefix of the finished chat.
     """
     reader, kept, lost, cut = _reader(tokenizer), list(messages), 0, set[int]()
-    example = _label(reader, kept, cut, label_turn_tail)
+    example = _label(reader, kept, cut, label_turn_tail, turns)
     while cutoff is not None and len(example.input_ids) > cutoff:
         index = _longest(reader, kept)
         removed = _shorten(reader, kept, index, len(example.input_ids) - cutoff)
@@ -116,7 +123,7 @@ def render_example(
                 f"{len(messages)} messages need more than {cutoff} tokens without any content; raise cutoff"
             )
         lost, cut = lost + removed, cut | {index}
-        example = _label(reader, kept, cut, label_turn_tail)
+        example = _label(reader, kept, cut, label_turn_tail, turns)
     return TrainExample(example.input_ids, example.labels, lost)
 
 
@@ -132,14 +139,14 @@ def with_default_system(messages: Sequence[Message], system: str | None) -> tupl
     return (Message("system", system), *messages)
 
 
-def _label(reader: _Reader, messages: Sequence[Message], cut: set[int], tail: bool) -> TrainExample:
+def _label(reader: _Reader, messages: Sequence[Message], cut: set[int], tail: bool, turns: Turns) -> TrainExample:
     chat = reader.escape_all(messages)
     ids = reader.ids(chat, generation_prompt=False)
     labels = [IGNORED_LABEL] * len(ids)
     replies = [index for index, message in enumerate(chat) if message.role == "assistant"]
     if not replies:
         raise TemplateError("the chat has no assistant message to train on")
-    for index in replies:
+    for index in replies if turns == "all" else replies[-1:]:
         start, end, turn_end = _reply_span(reader, chat, index, ids)
         if index in cut:
             end -= 1
@@ -154,9 +161,10 @@ def _reply_span(reader: _Reader, chat: Sequence[Message], index: int, ids: tuple
     prompt = reader.ids(chat[:index], generation_prompt=True)
     turn = ids if index == len(chat) - 1 else reader.ids(chat[: index + 1], generation_prompt=False)
     if ids[: len(prompt)] != prompt or ids[: len(turn)] != turn:
+        later = any(message.role == "assistant" for message in chat[index + 1 :])
         raise TemplateError(
             f"the template rewrites earlier text once message {index} is there: the prompt a server would render is "
-            "not a prefix of the training example, so what is trained would not be what is served"
+            f"not a prefix of what is trained{'; to train the last reply of a chat alone: --data.turns last' * later}"
         )
     # Templates may put text after the end-of-turn token (ChatML: a newline) that the model never has to produce.
     controls = set(reader.controls.values())
@@ -169,8 +177,7 @@ def _reply_span(reader: _Reader, chat: Sequence[Message], index: int, ids: tuple
 
 
 def _longest(reader: _Reader, messages: Sequence[Message]) -> int:
-    sizes = [len(reader.encode(reader.escape(message.content))) for message in messages]
-    return max(range(len(sizes)), key=sizes.__getitem__)
+    return max(range(len(messages)), key=lambda at: len(reader.encode(reader.escape(messages[at].content))))
 
 
 def _shorten(reader: _Reader, messages: list[Message], index: int, excess: int) -> int:
@@ -233,11 +240,8 @@ class _Reader:
         pieces, end = list[str](), len(text)
         for prompt in self._prompts(chat):
             start = len(prompt)
-            if (
-                start <= end
-                and text.startswith(prompt)
-                and self._must_cut(prompt, text[start : min(start + _NEAR, end)])
-            ):
+            near = text[start : min(start + _NEAR, end)]
+            if start <= end and text.startswith(prompt) and self._must_cut(prompt, near):
                 pieces.append(text[start:end])
                 end = start
         return self.encode(_MARK.join([text[:end], *reversed(pieces)]))

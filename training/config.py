@@ -56,8 +56,12 @@ class DataConfig(_Section):
     template: Literal["model", "qwen"] = Field(
         default="model", description="the model's own chat template, or LLaMA-Factory's way with Qwen's"
     )
+    turns: Literal["all", "last"] = Field(default="all", description="of a chat, whose replies are trained")
     cutoff: int = Field(default=1024, ge=16, le=1_048_576, description="tokens a row at most; more is cut and counted")
     strict: bool = Field(default=False, description="whether a bad row ends the run; else it is left out and reported")
+    leakage: Literal["drop", "report", "fail"] = Field(
+        default="drop", description="what becomes of training rows that repeat a held-out row, exactly or nearly"
+    )
 
 
 class LoraConfig(_Section):
@@ -68,6 +72,7 @@ class LoraConfig(_Section):
         default="all-linear", description="all-linear (without lm_head), or a list of module name suffixes"
     )
     rslora: bool = Field(default=False, description="scale by alpha / sqrt(rank) instead")
+    dora: bool = Field(default=False, description="learn rows' lengths too (DoRA); servers refuse it unless merged")
 
 
 class OptimConfig(_Section):
@@ -88,9 +93,7 @@ class OptimConfig(_Section):
     optimizer: Literal["adamw", "paged_adamw_8bit"] = Field(
         default="adamw", description="paged_adamw_8bit needs a CUDA device"
     )
-    neftune_alpha: float | None = Field(
-        default=None, gt=0, le=1000, description="noise on the embeddings while training (NEFTune); unset: none"
-    )
+    neftune_alpha: float | None = Field(default=None, gt=0, le=1000, description="NEFTune's noise; unset: none")
 
 
 class RunConfig(_Section):
@@ -104,11 +107,19 @@ class RunConfig(_Section):
     early_stopping_patience: int | None = Field(
         default=None, ge=1, description="validations without a lower NLL that end the run, its best kept; unset: none"
     )
+    sample_prompts: Annotated[tuple[str, ...], Field(strict=False)] = Field(
+        default=(), description="prompts that the model answers greedily during training, into samples.md"
+    )
+    sample_every: int | None = Field(default=None, ge=1, description="steps between them; unset: at each validation")
+    sample_tokens: int = Field(default=64, ge=1, le=4096, description="tokens of a sample at most")
     trackers: Annotated[tuple[str, ...], Field(strict=False)] = Field(
         default=(), description="where else to log, by accelerate's names, such as tensorboard"
     )
     gradient_checkpointing: Literal["auto", "on", "off"] = Field(
         default="auto", description="recompute activations to save memory; auto: when the device needs it"
+    )
+    compile: Literal["auto", "on", "off"] = Field(
+        default="auto", description="the blocks, a minute or two at the start; auto: long 16-bit runs from Ampere on"
     )
 
     @model_validator(mode="after")

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from itertools import chain
 from typing import Literal
 
-from training.chat import QWEN_SYSTEM_PROMPT, Tokenizer, TrainExample, render_example, with_default_system
+from training.chat import QWEN_SYSTEM_PROMPT, Tokenizer, TrainExample, Turns, render_example, with_default_system
 from training.config import DataConfig
 from training.rows import Conversation, DataError, Row, RowProblem, detect_layout, to_conversation
 from training.sources import Source, load_rows
@@ -53,7 +53,11 @@ def row_report(dataset: Dataset) -> str:
 
 
 def render_conversation(
-    tokenizer: Tokenizer, conversation: Conversation, template: Literal["model", "qwen"], cutoff: int | None
+    tokenizer: Tokenizer,
+    conversation: Conversation,
+    template: Literal["model", "qwen"],
+    cutoff: int | None,
+    turns: Turns = "all",
 ) -> TrainExample:
     """Returns the row's training ids. `qwen` renders as LLaMA-Factory does: its system prompt, the turn's tail trained.
 
@@ -61,7 +65,7 @@ def render_conversation(
     """
     qwen = template == "qwen"
     messages = with_default_system(conversation.messages, QWEN_SYSTEM_PROMPT) if qwen else conversation.messages
-    return render_example(tokenizer, messages, cutoff, label_turn_tail=qwen)
+    return render_example(tokenizer, messages, cutoff, label_turn_tail=qwen, turns=turns)
 
 
 def _check_rows(source: Source) -> Iterator[Conversation | RowProblem]:

@@ -39,6 +39,7 @@ _PLAIN = {  # LLaMA-Factory's argument -> section, field, LLaMA-Factory's defaul
     "lora_rank": ("lora", "rank", 8),
     "lora_dropout": ("lora", "dropout", 0.0),
     "use_rslora": ("lora", "rslora", False),
+    "use_dora": ("lora", "dora", False),
     "learning_rate": ("optim", "learning_rate", 5e-5),
     "weight_decay": ("optim", "weight_decay", 0.0),
     "max_grad_norm": ("optim", "max_grad_norm", 1.0),

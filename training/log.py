@@ -10,6 +10,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, TextIO
 
+from training.disk import sync
+
 _SMOOTHING = 0.8  # weight of the past in the plotted running mean
 
 
@@ -55,6 +57,11 @@ class TrainLog:
         if self.path is not None:
             with self.path.open("a", encoding="utf-8") as file:
                 file.write(json.dumps(line) + "\n")
+
+    def sync(self) -> None:
+        """Has the disk hold what was logged so far."""
+        if self.path is not None:
+            sync(self.path)
 
     def losses(self) -> list[tuple[int, float]]:
         return [(line["step"], line["nll_nats"]) for line in self.lines if "nll_nats" in line]

@@ -95,17 +95,13 @@ def _block(shape: BaseShape, lora: LoraConfig, place: Place) -> int:
 
 
 def _lora_inputs(shape: BaseShape, lora: LoraConfig, place: Place) -> float:
-    """Bytes a token that the A matrices keep. A cast or dropout makes each its own copy; else neighbours share one."""
+    """Bytes a token that the LoRA layers keep: their inputs, shared by neighbours, dropout's masks, and A's outputs."""
     chosen = adapted(shape, lora)
-    inner = sum(lora.rank for _ in chosen) * place.number_bytes
-    if lora.dropout:
-        mask = 1 if place.device == "cuda" else _FP32
-        return inner + sum(linear.inputs for linear in chosen) * (place.number_bytes + mask)
-    if place.number_bytes < _FP32:
-        return inner + sum(linear.inputs for linear in chosen) * place.number_bytes
     groups = {"k_proj": "q_proj", "v_proj": "q_proj", "up_proj": "gate_proj"}
     shared = {groups.get(linear.name, linear.name): linear.inputs for linear in chosen}
-    return inner + shape.layers * sum(shared.values()) * _FP32
+    masks = sum(linear.inputs for linear in chosen) if lora.dropout else 0  # a byte each
+    numbers = sum(lora.rank for _ in chosen) + shape.layers * sum(shared.values())
+    return numbers * place.number_bytes + masks
 
 
 def _loss(shape: BaseShape, place: Place, labelled: int) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from training import attention
 from training.batch import Pack, targets
 from training.config import LoraConfig
 from training.errors import TrainingError
+from training.lora_linear import fuse_lora
 from training.loss import nll_sum
 from training.neftune import add_noise
 
@@ -39,8 +41,13 @@ def compute_dtype(name: str, device: torch.device) -> torch.dtype:
     return torch.bfloat16 if torch.cuda.get_device_capability(device) >= (8, 0) else torch.float16
 
 
-def load_base(directory: Path, quantisation: str, dtype: torch.dtype, device: torch.device) -> Any:
-    """Returns the frozen base with packed attention; NF4 with double quantisation where `quantisation` is "nf4"."""
+def load_base(
+    directory: Path, quantisation: str, dtype: torch.dtype, device: torch.device, *, shardable: bool = False
+) -> Any:
+    """Returns the frozen base with packed attention; NF4 with double quantisation where `quantisation` is "nf4".
+
+    `shardable` keeps the 4-bit codes in a tensor of `dtype`, which FSDP can split; bytes it cannot.
+    """
     attention.register()
     options: dict[str, Any] = {}
     if quantisation == "nf4":
@@ -49,6 +56,7 @@ def load_base(directory: Path, quantisation: str, dtype: torch.dtype, device: to
             bnb_4bit_quant_type="nf4",
             bnb_4bit_use_double_quant=True,
             bnb_4bit_compute_dtype=dtype,
+            bnb_4bit_quant_storage=dtype if shardable else torch.uint8,
         )
     model = AutoModelForCausalLM.from_pretrained(
         str(directory), dtype=dtype, device_map={"": device}, attn_implementation=attention.NAME, **options
@@ -101,6 +109,7 @@ def add_lora(model: Any, lora: LoraConfig, seed: int) -> Any:
                 lora_dropout=lora.dropout,
                 target_modules=wanted,
                 use_rslora=lora.rslora,
+                use_dora=lora.dora,
                 bias="none",
                 task_type="CAUSAL_LM",
             ),
@@ -113,6 +122,7 @@ def add_lora(model: Any, lora: LoraConfig, seed: int) -> Any:
             f"lora.target_modules = {wanted!r} takes in the embedding or the output head, which serving engines cannot "
             "adapt per request; leave them out, or use 'all-linear'"
         )
+    fuse_lora(adapted)
     return adapted
 
 
@@ -120,6 +130,18 @@ def use_checkpointing(model: Any) -> None:
     """Recomputes each block in the backward pass: less memory for a third more arithmetic."""
     model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     model.enable_input_require_grads()
+
+
+def compile_blocks(model: Any) -> None:
+    """Compiles the decoder's blocks into fewer, larger kernels; the first step then takes one to two minutes."""
+    model.enable_input_require_grads()  # else the first block is another program, and is compiled for itself
+    for block in model.get_base_model().get_decoder().layers:
+        block.compile(dynamic=True)
+
+
+def _is_compiled(decoder: Any) -> bool:
+    """Whether its blocks are; without gradients they would be another program, for a few validations."""
+    return getattr(decoder.layers[0], "_compiled_call_impl", None) is not None
 
 
 class PackLoss(torch.nn.Module):
@@ -136,16 +158,15 @@ class PackLoss(torch.nn.Module):
 
     def hidden(self, pack: Pack) -> torch.Tensor:
         """Returns the last hidden states, [T, D]."""
-        hidden_1TD: torch.Tensor = (
-            self._causal()
-            .get_decoder()(
+        causal = self._causal()
+        decoder = causal.get_decoder()
+        with nullcontext() if self.training or not _is_compiled(decoder) else torch.compiler.set_stance("force_eager"):
+            hidden_1TD: torch.Tensor = decoder(
                 **self._inputs(pack),
                 position_ids=pack.position_ids_T[None],
-                row_lengths=pack.row_lengths,
+                **attention.rows_of(pack.row_lengths, causal.dtype, pack.input_ids_T.device),
                 use_cache=False,
-            )
-            .last_hidden_state
-        )
+            ).last_hidden_state
         return hidden_1TD[0]
 
     def _inputs(self, pack: Pack) -> dict[str, torch.Tensor]:

@@ -131,8 +131,6 @@ def table(plan: Plan, config: TrainConfig) -> str:
     if plan.probe:
         rows += [(f"peak of {plan.probe.steps} probed steps", f"{plan.probe.peak_gib:.2f} GiB")]
         rows += [("peak, corrected", f"{plan.peak_gib:.2f} GiB")]
-    if plan.place.device == "cpu" and config.model.quantisation == "nf4" and not plan.probe:
-        rows += [("note", "NF4 on a CPU was seen to hold 2 to 3 times the predicted peak: use --probe STEPS")]
     rows += [("time", _time(plan))]
     return "\n".join(f"{name:<36}{value}" for name, value in rows)
 

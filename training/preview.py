@@ -23,8 +23,11 @@ def preview(config: TrainConfig, count: int, out: TextIO, tokenizer: Tokenizer |
     tokenizer = tokenizer or _load_tokenizer(config)
     colour = out.isatty() and not no_color()
     out.write(row_report(dataset) + "\n")
+    if config.data.turns == "last":
+        out.write("data.turns = 'last': of each chat the last reply alone is trained\n")
     for conversation in dataset.conversations[:count]:
-        example = render_conversation(tokenizer, conversation, config.data.template, config.data.cutoff)
+        data = config.data
+        example = render_conversation(tokenizer, conversation, data.template, data.cutoff, data.turns)
         out.write(
             f"\n--- {conversation.where}: {len(example.input_ids)} tokens, {example.labelled} trained, "
             f"{example.lost_tokens} lost to the cutoff of {config.data.cutoff}\n"

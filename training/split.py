@@ -4,20 +4,16 @@ from __future__ import annotations
 
 import hashlib
 import json
-import re
-import unicodedata
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from training.rows import Conversation, DataError
+from training.words import normalise, words
 
 SPLIT_RULE = "the first held_out rows by sha256 of the normalised user text; equal user texts stay together"
 
-# A Chinese or Japanese character, or a Korean syllable, counts as a word.
-_IDEOGRAPH = "\u3040-\u30ff\u3400-\u9fff\uac00-\ud7af"
-_WORD = re.compile(rf"[{_IDEOGRAPH}]|[^\W{_IDEOGRAPH}]+")
 _PROMPT_GRAM, _REPLY_GRAM = 3, 5  # words
 _FEW_GRAMS = 4  # fewer than these shared by chance prove nothing: "what is the" is a whole short prompt's gram
 
@@ -30,6 +26,12 @@ class NearDuplicate:
     held_out: Conversation
     part: str  # "prompt" or "reply"
     containment: float
+
+    @property
+    def exact(self) -> bool:
+        """Whether that part is the same in both rows but for case, width and white space."""
+        sides = [row.prompt_text if self.part == "prompt" else row.reply_text for row in (self.train, self.held_out)]
+        return normalise(sides[0]) == normalise(sides[1])
 
     def __str__(self) -> str:
         share = f"{self.containment:.0%} of held-out row {self.held_out.number}'s {self.part}"
@@ -111,16 +113,12 @@ def _parts(conversation: Conversation) -> Iterator[tuple[str, set[tuple[str, ...
         ("prompt", conversation.prompt_text, _PROMPT_GRAM),
         ("reply", conversation.reply_text, _REPLY_GRAM),
     ):
-        words = _WORD.findall(_normalise(text))
-        yield part, {tuple(words[start : start + size]) for start in range(len(words) - size + 1)}
+        found = words(text)
+        yield part, {tuple(found[start : start + size]) for start in range(len(found) - size + 1)}
 
 
 def _prompt_hash(conversation: Conversation) -> str:
-    return hashlib.sha256(_normalise(conversation.prompt_text).encode()).hexdigest()
-
-
-def _normalise(text: str) -> str:
-    return " ".join(unicodedata.normalize("NFKC", text).casefold().split())
+    return hashlib.sha256(normalise(conversation.prompt_text).encode()).hexdigest()
 
 
 def _content(conversation: Conversation) -> str:

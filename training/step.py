@@ -7,6 +7,7 @@ import json
 import resource
 import sys
 import time
+from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from pathlib import Path
@@ -22,6 +23,7 @@ from training.log import StepRecord
 from training.model import PackLoss
 from training.run import Run
 from training.schedule import learning_rate
+from training.shard import whole
 
 
 def optimizer_step(run: Run, step: int) -> StepRecord:
@@ -40,10 +42,10 @@ def optimizer_step(run: Run, step: int) -> StepRecord:
     def attempt(budget: int) -> float:
         run.optimizer.zero_grad()
         torch.manual_seed(_step_seed(run.config.run.seed, step, accelerator.process_index))
-        return _backward(run, pack_rows(mine, budget), labelled)
+        return _backward(run, _even(run, pack_rows(mine, budget), examples, budget), labelled)
 
     nll_nats = within_memory(run, mine, attempt)
-    norm = float(accelerator.clip_grad_norm_(run.loss.parameters(), optim.max_grad_norm))
+    norm = float(whole(accelerator.clip_grad_norm_(run.loss.parameters(), optim.max_grad_norm)))
     require_finite(run, step + 1, rows, nll_nats, norm)
     skipped = _update(run, step + 1)
     tokens = sum(len(example.input_ids) for example in examples)
@@ -78,9 +80,23 @@ def _my_rows(run: Run, examples: list[TrainExample]) -> list[TrainExample]:
     mine = [
         examples[at] for at in rank_share(range(len(examples)), accelerator.process_index, accelerator.num_processes)
     ]
-    if not mine:
-        mine = [replace(examples[0], labels=(IGNORED_LABEL,) * len(examples[0].input_ids))]
-    return mine
+    return mine or [_unlabelled(examples)]
+
+
+def _unlabelled(examples: Sequence[TrainExample]) -> TrainExample:
+    """Returns the shortest row with nothing to train: a pass that adds nothing."""
+    row = min(examples, key=lambda example: len(example.input_ids))
+    return replace(row, labels=(IGNORED_LABEL,) * len(row.input_ids))
+
+
+def _even(run: Run, packs: list[Pack], examples: Sequence[TrainExample], budget: int) -> list[Pack]:
+    """Returns as many packs as any process has of these rows: each pass gathers a sharded model from all of them."""
+    if run.sharding is None:
+        return packs
+    world = run.accelerator.num_processes
+    shares = [[examples[at] for at in rank_share(range(len(examples)), rank, world)] for rank in range(world)]
+    passes = max(len(pack_rows(share, budget)) for share in shares)
+    return packs + pack_rows([_unlabelled(examples)], budget) * (passes - len(packs))
 
 
 def _backward(run: Run, packs: list[Pack], labelled: int) -> float:
@@ -106,7 +122,10 @@ def validation_nll(run: Run) -> float | None:
     network = accelerator.unwrap_model(run.loss).eval()  # DDP's own forward waits for ranks that may have no rows
     share = rank_share(range(len(run.data.validation)), accelerator.process_index, accelerator.num_processes)
     mine = [run.data.validation[at] for at in share]
-    sums = within_memory(run, mine, lambda budget: _nll_and_labelled(run, network, pack_rows(mine, budget)))
+    rows = run.data.validation
+    sums = within_memory(
+        run, mine, lambda budget: _nll_and_labelled(run, network, _even(run, pack_rows(mine, budget), rows, budget))
+    )
     nll, labelled = accelerator.reduce(sums, "sum").tolist()
     return float(nll / labelled)
 

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import enum
+import math
 import tempfile
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TextIO
 
+from evalharness.metrics import llamafactory
 from evalharness.metrics.bleu import Bleu, corpus_bleu
 from evalharness.metrics.chrf import Chrf, corpus_chrf
 from evalharness.metrics.language import Script, length_words, script_of
@@ -19,7 +21,10 @@ from evalharness.statistics import Aggregate, mean, perplexity
 ROUGE_LABELS = {"rouge_1": "ROUGE-1", "rouge_2": "ROUGE-2", "rouge_l": "ROUGE-L"}
 CHINESE = frozenset({Script.CJK})
 ALL = frozenset(Script)
-SCORERS = 3  # ROUGE, BLEU and chrF each see every reply once
+SCORERS = 3  # ROUGE, BLEU and chrF each see every reply once; LLaMA-Factory's scores are a fourth
+LF_PERPLEXITY = "lf_perplexity_row_mean"
+NLL_MEASURES = frozenset({"perplexity", LF_PERPLEXITY})
+MOST_NATS = 300.0  # a token, of LLaMA-Factory's row means: exp of an impossible token's 9999 is no number
 CHUNK_REPLIES = 50  # scored between two looks at the clock
 
 
@@ -65,11 +70,18 @@ class Measure:
         return script_of(reference) in self.scripts
 
 
-def measures(replies: Sequence[Completion], nlls: Sequence[Nll], out: TextIO | None = None) -> list[Measure]:
-    """Returns every measure, in the report's order; one without samples has empty statistics."""
-    progress = Progress("metrics", SCORERS * len(replies), out)
+def measures(
+    replies: Sequence[Completion], nlls: Sequence[Nll], out: TextIO | None = None, *, lf: bool = False
+) -> list[Measure]:
+    """Returns every measure, in the report's order; one without samples has empty statistics.
+
+    With `lf` LLaMA-Factory's come last; raises EvalError where what they need is not installed.
+    """
+    cut = llamafactory.load_jieba() if lf else None
+    progress = Progress("metrics", (SCORERS + lf) * len(replies), out)
     scored = [*_rouge(replies, progress), *_bleu(replies, progress), _chrf(replies, progress)]
-    return [_perplexity(nlls), *scored, _length(replies)]
+    own = [_perplexity(nlls), *scored, _length(replies)]
+    return [*own, *_llamafactory(replies, cut, progress), _lf_perplexity(nlls)] if cut else own
 
 
 def _perplexity(nlls: Sequence[Nll]) -> Measure:
@@ -116,6 +128,31 @@ def _length(replies: Sequence[Completion]) -> Measure:
     signature = "words of the completion, a CJK character counts as one|average:mean"
     rows = ((reply, [float(length_words(reply.completion)), 1.0]) for reply in replies)
     return Measure("reply_length", "Reply length (words)", Better.NEITHER, signature, mean, _by_arm(rows))
+
+
+def _llamafactory(replies: Sequence[Completion], cut: llamafactory.Cut, progress: Progress) -> list[Measure]:
+    scores = []
+    for reply in replies:
+        scores.append(llamafactory.scores(reply.completion, reply.reference, cut))
+        progress.advance()
+    return [
+        Measure(
+            name,
+            label,
+            Better.HIGHER,
+            llamafactory.SIGNATURES[name],
+            mean,
+            _by_arm((reply, [found[name], 1.0]) for reply, found in zip(replies, scores, strict=True)),
+        )
+        for name, label in llamafactory.LABELS.items()
+    ]
+
+
+def _lf_perplexity(nlls: Sequence[Nll]) -> Measure:
+    """The mean over rows of exp(a row's mean NLL): a few hard rows decide it, however short they are."""
+    signature = f"llamafactory:mean of exp(nll / tokens) a row|at most exp({MOST_NATS:g}) a row"
+    rows = ((nll, [math.exp(min(nll.nats / nll.tokens, MOST_NATS)), 1.0]) for nll in nlls)
+    return Measure(LF_PERPLEXITY, "Perplexity, mean of rows (LF)", Better.LOWER, signature, mean, _by_arm(rows))
 
 
 @dataclass(frozen=True, slots=True)

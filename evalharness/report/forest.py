@@ -40,7 +40,7 @@ class Forest:
 
 def forest(comparison: Comparison, arm: str) -> Forest:
     rows: list[ForestRow] = []
-    for row in comparison.metrics:
+    for row in comparison.own_metrics:
         found = row.differences[arm]
         if row.better is not Better.NEITHER and found.value is not None and found.interval is not None:
             rows.append(_row(row, arm, found.value, found.interval, len(rows)))

@@ -4,22 +4,29 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 
-from evalharness.comparison import Comparison
+from evalharness.comparison import Comparison, MetricRow
 from evalharness.report.numbers import difference_text, estimate_text
 
 Table = list[tuple[str, ...]]
+LF_TITLE = "As LLaMA-Factory computes it; not comparable with the rest"
 
 
 def metric_tables(comparison: Comparison) -> list[Table]:
     """Returns a table for each adapter, so that none is wider than a screen; one where the base stands alone."""
-    return [_metric_table(comparison, arm) for arm in comparison.others or (None,)]
+    return [_metric_table(comparison, arm, comparison.own_metrics) for arm in comparison.others or (None,)]
 
 
-def _metric_table(comparison: Comparison, other: str | None) -> Table:
+def lf_tables(comparison: Comparison) -> list[Table]:
+    """Returns the same for LLaMA-Factory's metrics; none where they were not asked for."""
+    rows = comparison.lf_metrics
+    return [_metric_table(comparison, arm, rows) for arm in comparison.others or (None,)] if rows else []
+
+
+def _metric_table(comparison: Comparison, other: str | None, rows: Iterable[MetricRow]) -> Table:
     arms = [comparison.base] if other is None else [comparison.base, other]
     names = (comparison.name(arm) for arm in arms)
     table: Table = [("Metric", *names, *(["Change (95 % CI)"] if other else []))]
-    for row in comparison.metrics:
+    for row in rows:
         if row.unavailable is not None:
             table.append((row.label, "unavailable", *[""] * (len(table[0]) - 2)))
             continue

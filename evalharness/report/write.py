@@ -7,7 +7,7 @@ import enum
 import hashlib
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -19,7 +19,7 @@ from evalharness.comparison import Comparison
 from evalharness.records import RecordKind
 from evalharness.report.forest import CENTRE, PLOT_LEFT, PLOT_WIDTH, forest
 from evalharness.report.numbers import difference_text, estimate_text, plain, signed
-from evalharness.report.tables import count_table, markdown, metric_tables
+from evalharness.report.tables import LF_TITLE, Table, count_table, lf_tables, markdown, metric_tables
 from evalharness.report.verdict import direction, verdicts
 from evalharness.report.view import SampleView, failures, sample_views
 
@@ -54,6 +54,7 @@ def html(comparison: Comparison) -> str:
         samples=sample_views(comparison, RecordKind.HELD_OUT),
         failures=failures(comparison),
         settings=_settings(comparison),
+        lf_title=LF_TITLE,
         script=Markup(script),  # our own file, not a reply
         script_hash=script_hash,
     )
@@ -63,8 +64,9 @@ def markdown_report(comparison: Comparison) -> str:
     lines = ["# Evaluation", ""]
     for verdict in verdicts(comparison):
         lines += [f"**{_line(verdict.headline)}.** {_line('; '.join(verdict.evidence))}", ""]
-    for table in metric_tables(comparison):
-        lines += [markdown(table), ""]
+    lines += _tables(metric_tables(comparison))
+    if comparison.lf_metrics:
+        lines += [f"## {LF_TITLE}", "", *_tables(lf_tables(comparison))]
     lines += ["## Requests", "", markdown(count_table(comparison)), ""]
     lines += [f"- {_line(warning)}" for warning in comparison.warnings]
     lines += ["", "## Fixed prompts", ""]
@@ -74,6 +76,11 @@ def markdown_report(comparison: Comparison) -> str:
     signatures = [(row.label, row.signature) for row in comparison.metrics]
     lines += [markdown([("Metric", "Signature"), *signatures]), ""]
     return "\n".join(lines)
+
+
+def _tables(tables: Iterable[Table]) -> Iterator[str]:
+    for table in tables:
+        yield from (markdown(table), "")
 
 
 def document(comparison: Comparison) -> str:

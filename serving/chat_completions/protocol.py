@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any, ClassVar, Literal
 
 from pydantic import BaseModel, Field, model_validator
 
 from serving.errors import BadRequest
-from serving.messages import MAX_MESSAGES, ChatMessage
+from serving.messages import MAX_MESSAGES, NO_TOOLS, ChatMessage
 from serving.sampling import SHARED_HARMLESS, SamplingFields
 from serving.usage import Usage
 from serving.wire import Harmless
 
 
 class ChatRequest(SamplingFields):
+    remedies: ClassVar[Mapping[str, str]] = {
+        **dict.fromkeys(("tools", "tool_choice", "functions", "function_call"), NO_TOOLS),
+        "reasoning_effort": "remove it: no chat template that is proven here reads it",
+    }
     harmless: ClassVar[Harmless] = {
         **SHARED_HARMLESS,
         "tools": ([],),

@@ -22,7 +22,8 @@ from serving.engine.completion import Choice, Piece
 from serving.engine.text import PlacedToken
 from serving.engine.vocabulary import Vocabulary
 from serving.messages import render
-from serving.registry.catalog import Catalog
+from serving.registry.base import LoadedBase
+from serving.registry.catalog import ServedModel
 from serving.sampling import choices_for, refuse_oversized, room_for
 from serving.usage import Usage, usage_of
 
@@ -38,15 +39,14 @@ class ChatPlan:
     include_usage: bool
 
 
-def plan_chat(body: ChatRequest, catalog: Catalog, context_length: int) -> ChatPlan:
-    """Raises ModelNotFound, ContextTooLong, or BadRequest where the template refuses the messages."""
-    model = catalog.resolve(body.model)
+def plan_chat(body: ChatRequest, model: ServedModel, base: LoadedBase, context_length: int) -> ChatPlan:
+    """Raises ContextTooLong, or BadRequest where the template refuses the messages."""
     contents = (message.content for message in body.messages)
-    refuse_oversized(contents, catalog.base.vocabulary, context_length, "messages")
-    prompt_ids = render(body.messages, catalog.base, model, generation_prompt=True)
+    refuse_oversized(contents, base.vocabulary, context_length, "messages")
+    prompt_ids = render(body.messages, base, model, generation_prompt=True)
     max_tokens = room_for(len(prompt_ids), body.asked_tokens, None, context_length, "messages")
     identity = identify("chatcmpl", model)
-    choices = choices_for(body, model, identity.id, [(prompt_ids, max_tokens)], body.alternatives)
+    choices = choices_for(body, model, base.vocabulary, identity.id, [(prompt_ids, max_tokens)], body.alternatives)
     return ChatPlan(identity, choices, len(prompt_ids), body.logprobs, body.include_usage)
 
 

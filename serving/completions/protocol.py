@@ -4,13 +4,22 @@ from __future__ import annotations
 
 from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import BaseModel, BeforeValidator, Field, model_validator
+from pydantic import BaseModel, BeforeValidator, Field, WithJsonSchema, model_validator
 
 from serving.sampling import SHARED_HARMLESS, SamplingFields
 from serving.usage import Usage
 from serving.wire import Harmless, whole_text
 
 Prompt = str | tuple[int, ...]
+_IDS_SCHEMA = {"type": "array", "items": {"type": "integer"}, "minItems": 1}
+_PROMPTS_SCHEMA = {
+    "anyOf": [
+        {"type": "string"},
+        {"type": "array", "items": {"type": "string"}, "minItems": 1},
+        _IDS_SCHEMA,
+        {"type": "array", "items": _IDS_SCHEMA, "minItems": 1},
+    ]
+}
 
 
 def _prompts(value: object) -> tuple[Prompt, ...]:
@@ -34,7 +43,7 @@ def _are_ids(items: list[Any]) -> bool:
 
 class CompletionRequest(SamplingFields):
     harmless: ClassVar[Harmless] = {**SHARED_HARMLESS, "suffix": ("",), "add_special_tokens": (True,)}
-    prompt: Annotated[tuple[Prompt, ...], BeforeValidator(_prompts)]
+    prompt: Annotated[tuple[Prompt, ...], BeforeValidator(_prompts), WithJsonSchema(_PROMPTS_SCHEMA)]
     max_tokens: int | None = Field(None, ge=0)  # OpenAI's default here is 16
     echo: bool = False
     logprobs: int | None = Field(None, ge=0, le=20)

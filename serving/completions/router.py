@@ -4,33 +4,20 @@ from __future__ import annotations
 
 from fastapi import APIRouter, Request, Response
 
-from serving.completions.protocol import CompletionRequest
+from serving.completions.protocol import Completion, CompletionRequest
 from serving.completions.service import chunks, completion, plan_completion
-from serving.disconnect import unless_gone
-from serving.generation import Generation
-from serving.middleware import facts_of
-from serving.sse import EventStream, events
+from serving.openapi import events_of
+from serving.respond import Resource, Responder
+
+TEXT = Resource(plan_completion, completion, chunks)
 
 
-def completions_router(generation: Generation) -> APIRouter:
+def completions_router(responder: Responder) -> APIRouter:
     router = APIRouter()
-    vocabulary = generation.catalog.base.vocabulary
 
-    @router.post("/v1/completions")
+    @router.post("/v1/completions", response_model=Completion, responses=events_of(Completion))
     async def create_completion(body: CompletionRequest, request: Request) -> Response:
-        facts = facts_of(request)
-        engine = generation.engine()
-        generation.refuse_too_many(len(body.prompt) * body.n)
-        planning = generation.plan(lambda: plan_completion(body, generation.catalog, engine.context_length))
-        plan = await unless_gone(request.receive, planning)
-        facts.model = plan.identity.model.name
-        pieces = generation.run(plan.identity.model, plan.choices, plan.prompt_tokens, facts)
-        headers = plan.identity.headers()
-        if not body.stream:
-            whole = await unless_gone(request.receive, completion(plan, pieces, vocabulary))
-            return Response(whole.model_dump_json(), 200, headers, "application/json")
-        stream = events(chunks(plan, pieces, vocabulary), lambda error: generation.stream_failed(error.code, facts))
-        first = await unless_gone(request.receive, anext(stream))
-        return EventStream(first, stream, headers)
+        responder.generation.refuse_too_many(len(body.prompt) * body.n)
+        return await responder.respond(TEXT, body, request)
 
     return router

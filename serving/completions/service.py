@@ -13,7 +13,7 @@ from serving.engine.completion import Choice, Piece
 from serving.engine.vocabulary import Vocabulary
 from serving.errors import BadRequest
 from serving.registry.base import LoadedBase
-from serving.registry.catalog import Catalog
+from serving.registry.catalog import ServedModel
 from serving.sampling import choices_for, refuse_oversized, room_for
 from serving.usage import Usage, usage_of
 
@@ -43,19 +43,20 @@ class _Gain:
     finish_reason: str | None
 
 
-def plan_completion(body: CompletionRequest, catalog: Catalog, context_length: int) -> CompletionPlan:
-    """Raises ModelNotFound, ContextTooLong, or BadRequest for ids that are not in the vocabulary."""
-    model = catalog.resolve(body.model)
+def plan_completion(
+    body: CompletionRequest, model: ServedModel, base: LoadedBase, context_length: int
+) -> CompletionPlan:
+    """Raises ContextTooLong, or BadRequest for ids that are not in the vocabulary."""
     for prompt in body.prompt:
         if isinstance(prompt, str):
-            refuse_oversized([prompt], catalog.base.vocabulary, context_length, "prompt")
-    prompts = [encode_prompt(prompt, catalog.base, f"prompt[{at}]") for at, prompt in enumerate(body.prompt)]
+            refuse_oversized([prompt], base.vocabulary, context_length, "prompt")
+    prompts = [encode_prompt(prompt, base, f"prompt[{at}]") for at, prompt in enumerate(body.prompt)]
     sized = [
         (ids, room_for(len(ids), body.max_tokens, DEFAULT_MAX_TOKENS, context_length, "prompt")) for ids in prompts
     ]
     identity = identify("cmpl", model)
     scored = body.logprobs if body.echo else None
-    choices = choices_for(body, model, identity.id, sized, body.logprobs, scored)
+    choices = choices_for(body, model, base.vocabulary, identity.id, sized, body.logprobs, scored)
     total = sum(map(len, prompts))
     return CompletionPlan(identity, choices, total, body.echo, body.logprobs is not None, body.include_usage)
 

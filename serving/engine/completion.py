@@ -6,11 +6,12 @@ import asyncio
 from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass
+from typing import Protocol
 
-from serving.engine.engine import Engine, FinishReason, GenerationRequest, TokenLogprob
+from serving.engine.engine import Delta, FinishReason, GenerationRequest, TokenLogprob
 from serving.engine.text import PlacedToken, TextStream
 from serving.engine.vocabulary import Vocabulary
-from serving.errors import EngineDead
+from serving.errors import DeadlineExceeded, EngineDead
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,9 +34,16 @@ class Piece:
     prompt_logprobs: tuple[TokenLogprob | None, ...] | None
     finish_reason: FinishReason | None
     waited_s: float | None = None  # as the Delta's
+    token_ids: tuple[int, ...] = ()  # as the Delta's
 
 
-async def complete(engine: Engine, vocabulary: Vocabulary, choice: Choice) -> AsyncGenerator[Piece, None]:
+class Generates(Protocol):
+    """What is needed of an Engine."""
+
+    def generate(self, request: GenerationRequest) -> AsyncGenerator[Delta, None]: ...
+
+
+async def complete(engine: Generates, vocabulary: Vocabulary, choice: Choice) -> AsyncGenerator[Piece, None]:
     """Yields one choice's pieces; the last alone has a `finish_reason`. Leaving it early aborts the engine's work."""
     text = TextStream(vocabulary, choice.stop)
     generated = 0
@@ -45,7 +53,14 @@ async def complete(engine: Engine, vocabulary: Vocabulary, choice: Choice) -> As
             gained = text.push(delta.token_ids, delta.logprobs, final=delta.finish_reason is not None)
             reason = FinishReason.STOP if text.stopped else delta.finish_reason
             yield Piece(
-                choice.index, gained.text, gained.tokens, generated, delta.prompt_logprobs, reason, delta.waited_s
+                index=choice.index,
+                text=gained.text,
+                tokens=gained.tokens,
+                generated=generated,
+                prompt_logprobs=delta.prompt_logprobs,
+                finish_reason=reason,
+                waited_s=delta.waited_s,
+                token_ids=delta.token_ids,
             )
             if reason is not None:
                 return
@@ -53,11 +68,15 @@ async def complete(engine: Engine, vocabulary: Vocabulary, choice: Choice) -> As
 
 
 async def complete_all(
-    engine: Engine, vocabulary: Vocabulary, choices: Sequence[Choice]
+    engine: Generates, vocabulary: Vocabulary, choices: Sequence[Choice], within_s: float | None = None
 ) -> AsyncGenerator[Piece, None]:
-    """Runs the choices at once and yields their pieces as they come. The first error ends them all."""
-    queue: asyncio.Queue[Piece | Exception | None] = asyncio.Queue(maxsize=len(choices))
-    tasks = [asyncio.create_task(_pump(complete(engine, vocabulary, choice), queue)) for choice in choices]
+    """Runs the choices at once and yields their pieces as they come. The first error ends them all.
+
+    A slow reader holds up no choice: what it has not read is kept, at most `max_tokens` pieces a choice. Raises
+    DeadlineExceeded where a choice does not end `within_s`; its work is freed then, read or not.
+    """
+    queue: asyncio.Queue[Piece | Exception | None] = asyncio.Queue()
+    tasks = [asyncio.create_task(_pump(complete(engine, vocabulary, choice), queue, within_s)) for choice in choices]
     try:
         live = len(tasks)
         while live:
@@ -74,11 +93,20 @@ async def complete_all(
         await asyncio.gather(*tasks, return_exceptions=True)
 
 
-async def _pump(pieces: AsyncGenerator[Piece, None], queue: asyncio.Queue[Piece | Exception | None]) -> None:
+async def _pump(
+    pieces: AsyncGenerator[Piece, None], queue: asyncio.Queue[Piece | Exception | None], within_s: float | None
+) -> None:
     try:
-        async with aclosing(pieces):
+        async with asyncio.timeout(within_s) as limit, aclosing(pieces):
             async for piece in pieces:
-                await queue.put(piece)
-        await queue.put(None)
+                queue.put_nowait(piece)
+        queue.put_nowait(None)
     except Exception as error:  # raised again by the reader, with its traceback
-        await queue.put(error)
+        queue.put_nowait(_too_late() if limit.expired() else error)
+
+
+def _too_late() -> DeadlineExceeded:
+    return DeadlineExceeded(
+        "the time that the request may take is over; ask for fewer tokens, raise x-request-timeout-s, or have the "
+        "server's --deadline-s raised"
+    )

@@ -10,7 +10,7 @@ from typing import Protocol
 
 
 class FinishReason(enum.Enum):
-    STOP = "stop"  # a stop token was generated
+    STOP = "stop"  # a stop token was generated, or the grammar allows nothing more
     LENGTH = "length"  # max_tokens, or the context is full
 
 
@@ -30,9 +30,26 @@ class Variant:
     path: Path
 
 
+class Feature(enum.Enum):
+    """What an engine may lack; a request that needs it is refused before the engine is asked."""
+
+    GRAMMAR = "grammar"
+
+
+@dataclass(frozen=True, slots=True)
+class Grammar:
+    """What a completion must be: JSON that fits a JSON Schema, given as JSON text."""
+
+    json_schema: str
+
+
 @dataclass(frozen=True, slots=True)
 class Sampling:
-    """All that decides how tokens are drawn; temperature 0 is greedy."""
+    """All that decides how tokens are drawn; temperature 0 is greedy.
+
+    `logit_bias` is added to the logits of its token ids. With a `grammar` a stop token is drawn only where the
+    completion is whole, and a completion that can only end does so.
+    """
 
     max_tokens: int
     temperature: float = 1.0
@@ -40,6 +57,8 @@ class Sampling:
     seed: int | None = None
     presence_penalty: float = 0.0
     frequency_penalty: float = 0.0
+    logit_bias: tuple[tuple[int, float], ...] = ()
+    grammar: Grammar | None = None
     stop_token_ids: frozenset[int] = field(default_factory=frozenset)
 
 
@@ -57,7 +76,7 @@ class GenerationRequest:
 
 @dataclass(frozen=True, slots=True)
 class TokenLogprob:
-    """Natural logarithms under the model's own distribution: temperature 1, no top_p, no penalties."""
+    """Natural logarithms under the model's own distribution: temperature 1, no top_p, penalties, bias or grammar."""
 
     token_id: int
     logprob: float
@@ -93,6 +112,8 @@ class Engine(Protocol):
     """Runs requests; each method may be called from one event loop only."""
 
     context_length: int  # tokens, prompt and completion together
+    features: frozenset[Feature]
+    simulated: bool  # it has no weights, so there is nothing that peft could have computed too
 
     async def start(self) -> None:
         """Loads the weights; returns when requests can run."""

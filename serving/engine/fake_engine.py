@@ -15,6 +15,7 @@ from dataclasses import replace
 from serving.engine.engine import (
     Delta,
     EngineStats,
+    Feature,
     FinishReason,
     GenerationRequest,
     Sampling,
@@ -35,6 +36,9 @@ class FakeEngine:
     `end_of_turn_id` is the likeliest token at one position in MEAN_REPLY_TOKENS. `script` gives the likeliest tokens
     of every completion, in order. `die` makes the engine fail; `aborted` counts requests that were left early.
     """
+
+    simulated = True
+    features: frozenset[Feature] = frozenset()  # its few candidates a position would rarely fit a grammar
 
     def __init__(
         self,
@@ -177,9 +181,15 @@ class FakeEngine:
         return TokenLogprob(token_id, logprob, tuple(zip(ranked, self._logprobs, strict=True))[:count])
 
     def _draw(self, ranked: Sequence[int], prefix: hashlib.blake2b, sampling: Sampling, drawn: Counter[int]) -> int:
+        bias = dict(sampling.logit_bias)
+        others = [token_id for token_id in bias if token_id not in ranked]
+        ranked = [*ranked, *others]
         scores = [
-            logprob - sampling.frequency_penalty * drawn[token_id] - sampling.presence_penalty * (drawn[token_id] > 0)
-            for token_id, logprob in zip(ranked, self._logprobs, strict=True)
+            logprob
+            + bias.get(token_id, 0.0)
+            - sampling.frequency_penalty * drawn[token_id]
+            - sampling.presence_penalty * (drawn[token_id] > 0)
+            for token_id, logprob in zip(ranked, self._logprobs + [self._tail_logprob] * len(others), strict=True)
         ]
         order = sorted(range(len(ranked)), key=lambda rank: -scores[rank])
         if sampling.temperature == 0:

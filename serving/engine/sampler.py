@@ -22,12 +22,12 @@ class Drawn:
 
 def sample(rows: Sequence[Row], logits_RV: torch.Tensor) -> list[Drawn]:
     """Draws one token a row from float32 logits. A row's draw depends on its own logits and generator only."""
-    penalised_RV = _penalised(rows, logits_RV)
-    tokens_R = penalised_RV.argmax(dim=-1)
+    adjusted_RV = _constrained(rows, _shifted(rows, logits_RV))
+    tokens_R = adjusted_RV.argmax(dim=-1)
     drawing = [index for index, row in enumerate(rows) if row.request.sampling.temperature > 0]
     if drawing:
         picked = torch.tensor(drawing, device=logits_RV.device)
-        tokens_R[picked] = _draw([rows[index] for index in drawing], penalised_RV[picked])
+        tokens_R[picked] = _draw([rows[index] for index in drawing], adjusted_RV[picked])
     tokens: list[int] = tokens_R.tolist()
     logprobs = _requested_logprobs(rows, logits_RV, tokens)
     return [Drawn(token, logprob) for token, logprob in zip(tokens, logprobs, strict=True)]
@@ -56,22 +56,34 @@ def _requested_logprobs(
     return (scored.get(index) for index in range(len(rows)))
 
 
-def _penalised(rows: Sequence[Row], logits_RV: torch.Tensor) -> torch.Tensor:
-    """OpenAI: over generated tokens, logit -= count * frequency_penalty + (count > 0) * presence_penalty."""
-    places: list[tuple[int, int]] = []
-    amounts: list[float] = []
+def _shifted(rows: Sequence[Row], logits_RV: torch.Tensor) -> torch.Tensor:
+    """OpenAI: over generated tokens, logit -= count * frequency_penalty + (count > 0) * presence_penalty; the bias is
+    added to it."""
+    shifts: dict[tuple[int, int], float] = {}  # by row and token
     for index, row in enumerate(rows):
         sampling = row.request.sampling
+        shifts |= {(index, token): bias for token, bias in sampling.logit_bias}
         if sampling.frequency_penalty or sampling.presence_penalty:
             for token, count in row.counts.items():
-                places.append((index, token))
-                amounts.append(count * sampling.frequency_penalty + sampling.presence_penalty)
-    if not places:
+                penalty = count * sampling.frequency_penalty + sampling.presence_penalty
+                shifts[index, token] = shifts.get((index, token), 0.0) - penalty
+    if not shifts:
         return logits_RV
-    penalised_RV = logits_RV.clone()
-    where = torch.tensor(places, device=logits_RV.device)
-    penalised_RV[where[:, 0], where[:, 1]] -= torch.tensor(amounts, device=logits_RV.device)
-    return penalised_RV
+    shifted_RV = logits_RV.clone()
+    where = torch.tensor(list(shifts), device=logits_RV.device)
+    shifted_RV[where[:, 0], where[:, 1]] += torch.tensor(list(shifts.values()), device=logits_RV.device)
+    return shifted_RV
+
+
+def _constrained(rows: Sequence[Row], logits_RV: torch.Tensor) -> torch.Tensor:
+    """Gives the tokens that a row's grammar forbids a probability of 0."""
+    masks = {index: row.matcher.allowed(logits_RV.shape[1]) for index, row in enumerate(rows) if row.matcher}
+    if not masks:
+        return logits_RV
+    constrained_RV = logits_RV.clone()
+    for index, allowed_V in masks.items():
+        constrained_RV[index].masked_fill_(~allowed_V.to(logits_RV.device), -torch.inf)
+    return constrained_RV
 
 
 def _draw(rows: Sequence[Row], logits_RV: torch.Tensor) -> torch.Tensor:

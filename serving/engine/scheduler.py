@@ -13,6 +13,8 @@ from serving.engine.engine import GenerationRequest, TokenLogprob
 if TYPE_CHECKING:
     import torch
 
+    from serving.engine.grammar import Matcher
+
 ADMISSION_HEADROOM = 64  # tokens a new row must be able to grow by, so that it is not preempted at once
 
 
@@ -26,6 +28,7 @@ class Row:
 
     request: GenerationRequest
     generator: torch.Generator
+    matcher: Matcher | None = None
     ids: list[int] = field(init=False)
     cached: int = 0
     order: int = -1  # of admission

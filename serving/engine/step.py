@@ -15,7 +15,7 @@ from serving.engine.mixed_lora import AdapterSlice, LoraFactors
 from serving.engine.sampler import Drawn, sample, score
 from serving.engine.scheduler import Row, Scheduler, Work
 from serving.engine.weights import Forward, WeightSet
-from serving.errors import ModelRejected
+from serving.errors import GraftError, ModelRejected
 
 SCORED_AT_ONCE = 128  # prompt positions whose logits exist at one time: 25 MB each pass with a vocabulary of 49k
 
@@ -70,7 +70,7 @@ class Stepper:
             self._adapters.discard(variant)
             self.base.detach(variant)
 
-    def step(self) -> list[tuple[Row, Delta]]:
+    def step(self) -> list[tuple[Row, Delta | GraftError]]:
         """Runs every row one step further; returns what there is to report. A finished row has left already."""
         work = sorted(self.scheduler.plan(), key=self._batch_order)
         ready: list[Row] = []
@@ -129,8 +129,11 @@ class Stepper:
                 logits_PV = weights.logits(hidden_TH[offset + start : offset + stop])
                 row.prompt_logprobs += score(logits_PV, prompt[start + 1 : stop + 1], [top] * (stop - start))
 
-    def _advance(self, row: Row, drawn: Drawn) -> Delta:
+    def _advance(self, row: Row, drawn: Drawn) -> Delta | GraftError:
         request = row.request
+        if row.matcher is not None and row.matcher.problem is not None:
+            self.scheduler.drop(row)
+            return row.matcher.problem
         first = row.generated == 0
         scores = tuple(row.prompt_logprobs) if first and request.prompt_logprobs is not None else None
         reason = None
@@ -145,6 +148,8 @@ class Stepper:
             row.counts[drawn.token_id] += 1
             full = row.generated == request.sampling.max_tokens or len(row.ids) == self._cache.max_length
             reason = FinishReason.LENGTH if full else None
+            if row.matcher is not None and row.matcher.accept(drawn.token_id):
+                reason = FinishReason.STOP
         if reason is not None:
             self.scheduler.drop(row)
         logprobs = (drawn.logprob,) if token and drawn.logprob is not None else ()

@@ -11,7 +11,8 @@ from typing import TypeVar
 import torch
 
 from serving.engine.checks import check_request, check_sizes, not_loaded
-from serving.engine.engine import Delta, EngineStats, GenerationRequest, Variant, VariantKind
+from serving.engine.engine import Delta, EngineStats, Feature, GenerationRequest, Sampling, Variant, VariantKind
+from serving.engine.grammar import GrammarCompiler, Matcher
 from serving.engine.kv_cache import KvCache
 from serving.engine.memory import cache_budget
 from serving.engine.scheduler import Row, Scheduler
@@ -34,6 +35,9 @@ class TransformersEngine:
     memory to it, out of which merged models are taken.
     """
 
+    simulated = False
+    features = frozenset({Feature.GRAMMAR})
+
     def __init__(
         self,
         base_dir: Path,
@@ -51,6 +55,7 @@ class TransformersEngine:
         self._loop: asyncio.AbstractEventLoop | None = None
         self._failure: EngineDead | None = EngineDead("the engine is not started")
         self._outboxes: dict[Row, Outbox] = {}
+        self._grammars = GrammarCompiler(base_dir)
 
     async def start(self) -> None:
         if self._worker is not None:
@@ -88,7 +93,7 @@ class TransformersEngine:
     async def generate(self, request: GenerationRequest) -> AsyncGenerator[Delta, None]:
         stepper, worker = self._parts()
         self._check(stepper, request)
-        row = Row(request, _generator(request.sampling.seed))
+        row = Row(request, _generator(request.sampling.seed), await self._matcher(request.sampling))
         outbox = self._outboxes[row] = Outbox()
         worker.post(lambda: self._enter(stepper, row))
         try:
@@ -146,6 +151,12 @@ class TransformersEngine:
             raise not_loaded(request.variant)
         check_request(request, vocabulary=stepper.base.vocabulary, context_length=self.context_length)
 
+    async def _matcher(self, sampling: Sampling) -> Matcher | None:
+        """Compiles beside the running steps."""
+        if sampling.grammar is None:
+            return None
+        return await asyncio.to_thread(self._grammars.compile, sampling.grammar, sampling.stop_token_ids)
+
     async def _between_steps(self, worker: Worker, job: Callable[[], T]) -> T:
         return await asyncio.wrap_future(worker.call(job))
 
@@ -174,13 +185,13 @@ class TransformersEngine:
         assert self._loop is not None
         self._loop.call_soon_threadsafe(callback)
 
-    def _deliver(self, deltas: list[tuple[Row, Delta]]) -> None:
+    def _deliver(self, deltas: list[tuple[Row, Delta | GraftError]]) -> None:
         for row, delta in deltas:
             outbox = self._outboxes.get(row)  # None: its reader left during the step
             if outbox is None:
                 continue
             outbox.put_nowait(delta)
-            if delta.finish_reason is not None:
+            if isinstance(delta, GraftError) or delta.finish_reason is not None:
                 del self._outboxes[row]
 
     def _fail(self, failure: EngineDead) -> None:

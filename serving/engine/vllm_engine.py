@@ -12,16 +12,18 @@ from transformers import AutoConfig
 
 from serving.engine.adapter import CONFIG_NAME, AdapterConfig, read_adapter
 from serving.engine.checks import check_request, check_sizes, not_loaded
-from serving.engine.engine import Delta, EngineStats, GenerationRequest, Sampling, Variant, VariantKind
+from serving.engine.engine import Delta, EngineStats, Feature, GenerationRequest, Sampling, Variant, VariantKind
 from serving.engine.layers import linear_layers
 from serving.engine.vllm_output import delta, nothing_to_score, score
-from serving.errors import AdapterRejected, EngineDead, ModelRejected
+from serving.errors import AdapterRejected, EngineDead, ModelRejected, UnsupportedField
 
 # vLLM reads these itself. It reports its use to its makers unless told not to; a fork of a process that has asked
 # for CUDA cannot use it.
 ENVIRONMENT: Mapping[str, str] = {"VLLM_NO_USAGE_STATS": "1", "VLLM_WORKER_MULTIPROC_METHOD": "spawn"}
 DEFAULT_RANK = 16
 CACHE_BYTES_CPU = 4 * 2**30  # vLLM's own default is 92 % of the memory, and no start where anything else uses some
+
+FREE_SHARE_NEEDED = 0.05  # of a GPU at the start: with a cache of a given size vLLM only checks this, and 0.9 else
 
 
 class VllmEngine:
@@ -30,6 +32,9 @@ class VllmEngine:
     On a GPU more may be added: vLLM then reads them again as requests need them. `max_rank` is the largest
     rank that can be added. Merged models are refused: one AsyncLLM has one set of weights.
     """
+
+    simulated = False
+    features = frozenset({Feature.GRAMMAR})
 
     def __init__(
         self,
@@ -107,6 +112,11 @@ class VllmEngine:
         if request.variant.kind is not VariantKind.BASE and request.variant.digest not in self._adapters:
             raise not_loaded(request.variant)
         check_request(request, vocabulary=self._vocabulary, context_length=self.context_length)
+        if request.sampling.grammar is not None and request.logprobs is not None:
+            raise UnsupportedField(  # it computes them after the grammar's mask, whatever logprobs_mode says
+                "logprobs beside response_format: vLLM's would not be the model's own; ask for one of the two",
+                param="logprobs",
+            )
         scores_only = request.sampling.max_tokens == 0
         if scores_only and (request.prompt_logprobs is None or len(request.prompt_ids) == 1):
             yield nothing_to_score(request)
@@ -139,9 +149,10 @@ class VllmEngine:
             model=str(self._base_dir),
             dtype="float32" if on_cpu else "auto",  # half precision is many times slower on a CPU
             kv_cache_memory_bytes=self._cache_bytes or (CACHE_BYTES_CPU if on_cpu else None),
+            **({} if on_cpu or self._cache_bytes is None else {"gpu_memory_utilization": FREE_SHARE_NEEDED}),
             max_model_len=self.context_length,
             max_num_seqs=self._max_batch,
-            skip_tokenizer_init=True,
+            structured_outputs_config={"backend": "guidance"},  # the library that planning checks a schema with
             generation_config="vllm",  # the model's own would fill in sampling fields and stop tokens
             logprobs_mode="raw_logprobs",
             max_logprobs=-1,
@@ -248,8 +259,9 @@ def refuse_merged(name: str) -> ModelRejected:
 
 def _params(sampling: Sampling, request: GenerationRequest, **others: Any) -> Any:
     """Every field that changes the output is given; penalties count generated tokens only, as OpenAI's do."""
-    from vllm.sampling_params import RequestOutputKind, SamplingParams
+    from vllm.sampling_params import RequestOutputKind, SamplingParams, StructuredOutputsParams
 
+    grammar = sampling.grammar
     fields = {
         "n": 1,
         "max_tokens": sampling.max_tokens,
@@ -263,7 +275,9 @@ def _params(sampling: Sampling, request: GenerationRequest, **others: Any) -> An
         "frequency_penalty": sampling.frequency_penalty,
         "repetition_penalty": 1.0,
         "stop_token_ids": sorted(sampling.stop_token_ids),
-        "ignore_eos": True,  # the stop token ids are all there is
+        "logit_bias": dict(sampling.logit_bias) or None,
+        "structured_outputs": None if grammar is None else StructuredOutputsParams(json=grammar.json_schema),
+        "ignore_eos": grammar is None,  # the stop token ids are all there is, but a grammar ends with the tokenizer's
         "logprobs": request.logprobs,
         "prompt_logprobs": request.prompt_logprobs,
         "detokenize": False,

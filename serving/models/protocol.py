@@ -16,6 +16,7 @@ class Model(BaseModel):
     revision: str  # what responses will call it
     digest: str  # sha256
     parent: str | None  # an adapter's base
+    labels: dict[str, str]  # of the name, and the revision that each points at
 
 
 class ModelList(BaseModel):

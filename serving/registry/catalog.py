@@ -1,26 +1,24 @@
-"""The catalog: maps a request's model name to the base, a merged model or one adapter revision."""
+"""The catalog: the base and the merged models, and what every served model is."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from serving.engine.engine import Variant, VariantKind
-from serving.errors import AdapterRejected, ModelNotFound, ModelRejected
+from serving.errors import ModelRejected
 from serving.registry.base import LoadedBase, end_of_turn_ids, load_base, load_tokenizer
+from serving.registry.revision import DIGEST_CHARACTERS
 from training.artifact import (
+    AdapterManifest,
     ArtifactError,
     MergeCertificate,
-    base_problems,
     fingerprint_base,
     read_certificate,
-    verify_adapter,
 )
 from training.chat import TemplateError, template_hash
-
-DIGEST_CHARACTERS = 12  # as many as a revision shows
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,47 +48,29 @@ class ServedModel:
 
 @dataclass(frozen=True, slots=True)
 class Catalog:
-    """All served models by name; a lookup never changes anything, so every model may be in flight at once."""
+    """The base and the merged models by name: what is the same from the process's start to its end."""
 
     base: LoadedBase
     models: Mapping[str, ServedModel]
 
-    def __iter__(self) -> Iterator[ServedModel]:
-        return iter(self.models.values())
 
-    def resolve(self, model: str) -> ServedModel:
-        """Takes `name` or `name@digest` (any leading part of the digest); raises ModelNotFound with what exists."""
-        name, at, digest = model.partition("@")
-        found = self.models.get(name)
-        if found is None or (at and not (digest and found.variant.digest.startswith(digest))):
-            known = ", ".join(served.revision for served in self)
-            raise ModelNotFound(f"model {model[:200]!r} does not exist; served are: {known}", param="model")
-        return found
-
-
-def load_catalog(
-    base_name: str, base_dir: Path, *, adapters: Mapping[str, Path], merged: Mapping[str, Path]
-) -> Catalog:
-    """Reads and verifies every directory; raises ModelRejected or AdapterRejected with all reasons at once."""
+def load_catalog(base_name: str, base_dir: Path, merged: Mapping[str, Path]) -> Catalog:
+    """Reads and verifies every directory; raises ModelRejected with all reasons at once."""
     base = load_base(base_dir)
     variant = Variant(base_name, VariantKind.BASE, base.fingerprint, base_dir)
     first = ServedModel(base_name, variant, None, base.stop_token_ids, base.created, None)
     models = [first, *(_load_merged(name, path, base) for name, path in merged.items())]
-    models += [load_adapter(name, path, base, base_name) for name, path in adapters.items()]
     return Catalog(base, {model.name: model for model in models})
 
 
-def load_adapter(name: str, directory: Path, base: LoadedBase, base_name: str) -> ServedModel:
-    """Raises AdapterRejected where the adapter is damaged, or was made for another base or template."""
-    try:
-        manifest = verify_adapter(directory)
-    except ArtifactError as error:
-        raise AdapterRejected(f"adapter {name}={directory} is refused: {'; '.join(error.problems)}") from error
-    if problems := base_problems(manifest, base.fingerprint, base.template_sha256):
-        raise AdapterRejected(f"adapter {name}={directory} is refused: {'; '.join(problems)}")
+def adapter_model(name: str, manifest: AdapterManifest, path: Path, base: LoadedBase, base_name: str) -> ServedModel:
+    """Returns a revision whose manifest is verified and whose files lie at `path`.
+
+    Names that share a digest share the engine's variant, so it is called by the digest.
+    """
     return ServedModel(
         name=name,
-        variant=Variant(name, VariantKind.ADAPTER, manifest.digest, directory),
+        variant=Variant(manifest.digest[:DIGEST_CHARACTERS], VariantKind.ADAPTER, manifest.digest, path),
         system_prompt=manifest.chat.added_system_prompt,
         stop_token_ids=base.stop_token_ids | frozenset(manifest.chat.stop_token_ids),
         created=int(manifest.created.timestamp()),

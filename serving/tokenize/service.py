@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from serving.messages import render
-from serving.registry.catalog import Catalog
+from serving.registry.base import LoadedBase
+from serving.registry.catalog import ServedModel
 from serving.sampling import refuse_oversized
 from serving.tokenize.protocol import TokenizeRequest, TokenizeResponse
 
 
-def tokenize(body: TokenizeRequest, catalog: Catalog, context_length: int) -> TokenizeResponse:
-    """Raises ModelNotFound, BadRequest, or ContextTooLong for what no request of this context could carry."""
-    model, base = catalog.resolve(body.model), catalog.base
+def tokenize(body: TokenizeRequest, model: ServedModel, base: LoadedBase, context_length: int) -> TokenizeResponse:
+    """Raises BadRequest, or ContextTooLong for what no request of this context could carry."""
     if body.messages is not None:
         contents = (message.content for message in body.messages)
         refuse_oversized(contents, base.vocabulary, context_length, "messages")

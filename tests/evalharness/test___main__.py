@@ -174,3 +174,16 @@ def test_a_run_imports_neither_locust_nor_a_model_library(words):
         "sys.exit(bool({'locust', 'gevent', 'torch', 'evaluate', 'training', 'serving'} & set(sys.modules)))"
     )
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, check=False).returncode == 0
+
+
+def test_llama_factorys_scores_are_shown_apart_on_request_and_can_be_gated(finished_run: Path, capsys):
+    assert main(["compare", str(finished_run), "--resamples", "100"]) == 0
+    assert "LLaMA-Factory" not in capsys.readouterr().out
+    assert main(["compare", str(finished_run), "--resamples", "100", "--lf"]) == 0
+    own, _, theirs = capsys.readouterr().out.partition("As LLaMA-Factory computes it; not comparable with the rest")
+    assert "ROUGE-L " in own
+    assert "ROUGE-L (LF)" in theirs
+    rule = ["--resamples", "100", "--allow-failed", "0.1", "--rule", "lf_bleu_4.difference > 0"]
+    assert main(["gate", str(finished_run), "--lf", *rule]) == 0
+    assert main(["gate", str(finished_run), *rule]) == 2
+    assert "lf_bleu_4" in capsys.readouterr().err

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 USER = {"role": "user", "content": "hi"}
+SCHEMA = {"name": "any", "schema": {}}
 
 
 def chat(**fields: Any) -> dict[str, Any]:
@@ -57,7 +58,14 @@ BAD_INPUTS: list[tuple[str, Any, int, str | None, str]] = [
     (CHAT, chat(messages=[{"content": "hi"}]), 400, "messages[0].role", MISSING),
     (CHAT, chat(messages=[{"role": "user"}]), 400, "messages[0].content", MISSING),
     (CHAT, chat(messages=[{"role": "wizard", "content": "hi"}]), 400, "messages[0].role", VALUE),
-    (CHAT, chat(messages=[USER, {"role": "tool", "content": "hi"}]), 400, "messages[1].role", VALUE),
+    (CHAT, chat(messages=[USER, {"role": "tool", "content": "hi"}]), 400, "messages[1].role", UNSUPPORTED),
+    (
+        CHAT,
+        chat(messages=[{"role": "assistant", "content": None, "tool_calls": [{}]}]),
+        400,
+        "messages[0].tool_calls",
+        UNSUPPORTED,
+    ),
     (CHAT, chat(messages=[{"role": "user", "content": None}]), 400, "messages[0].content", VALUE),
     (CHAT, chat(messages=[{"role": "user", "content": [{"type": "image_url"}]}]), 400, "messages[0].content", VALUE),
     (
@@ -99,8 +107,29 @@ BAD_INPUTS: list[tuple[str, Any, int, str | None, str]] = [
     (CHAT, chat(tools=[{"type": "function"}]), 400, "tools", UNSUPPORTED),
     (CHAT, chat(tool_choice="required"), 400, "tool_choice", UNSUPPORTED),
     (CHAT, chat(functions=[{"name": "f"}]), 400, "functions", UNSUPPORTED),
-    (CHAT, chat(response_format={"type": "json_object"}), 400, "response_format", UNSUPPORTED),
-    (CHAT, chat(logit_bias={"5": 10}), 400, "logit_bias", UNSUPPORTED),
+    (CHAT, chat(response_format={"type": "json_object"}), 400, "response_format", UNSUPPORTED),  # the fake engine's
+    (CHAT, chat(response_format="json"), 400, "response_format", VALUE),
+    (CHAT, chat(response_format={"type": "xml"}), 400, "response_format.type", VALUE),
+    (CHAT, chat(response_format={"type": "json_schema"}), 400, "response_format.json_schema", VALUE),
+    (CHAT, chat(response_format={"type": "text", "json_schema": SCHEMA}), 400, "response_format.json_schema", VALUE),
+    (
+        CHAT,
+        chat(response_format={"type": "json_schema", "json_schema": {"schema": {}}}),
+        400,
+        "response_format.json_schema.name",
+        MISSING,
+    ),
+    (
+        CHAT,
+        chat(response_format={"type": "json_schema", "json_schema": {**SCHEMA, "schemas": 1}}),
+        400,
+        "response_format.json_schema.schemas",
+        UNKNOWN,
+    ),
+    (CHAT, chat(logit_bias={"five": 10}), 400, "logit_bias", VALUE),
+    (CHAT, chat(logit_bias={"5": 101}), 400, "logit_bias", VALUE),
+    (CHAT, chat(logit_bias={"5": True}), 400, "logit_bias", VALUE),
+    (CHAT, chat(logit_bias={"99999": 1}), 400, "logit_bias", VALUE),
     (CHAT, chat(audio={"voice": "x"}), 400, "audio", UNSUPPORTED),
     (CHAT, chat(modalities=["text", "audio"]), 400, "modalities", UNSUPPORTED),
     (CHAT, chat(reasoning_effort="high"), 400, "reasoning_effort", UNSUPPORTED),

@@ -18,13 +18,13 @@ import pytest
 import torch
 
 from serving import __main__ as command
-from serving.__main__ import choose_engine, main, make_engine
+from serving.__main__ import EXIT_ENGINE_DIED, choose_engine, main, make_engine
 from serving.config import ConfigError, read_config
 from serving.engine.fake_engine import FakeEngine
 from serving.engine.transformers_engine import TransformersEngine
 from serving.engine.vllm_engine import VllmEngine
 from serving.errors import ModelRejected
-from serving.registry.base import load_base
+from serving.registry.boot import open_registry
 from tests.tiny import wait_until
 
 
@@ -41,19 +41,18 @@ def test_a_start_that_fails_prints_one_message_and_exits_2(tiny_base, tiny_adapt
 
 def test_the_engine_is_the_one_that_was_asked_for(tiny_base):
     config = read_config(["--base", str(tiny_base), "--engine", "fake", "--max-batch", "3"], {})
-    engine = make_engine(config, load_base(tiny_base))
+    engine = make_engine(config, open_registry("base", tiny_base))
     assert isinstance(engine, FakeEngine)
     assert (engine.context_length, engine.max_batch) == (512, 3)
 
 
 def test_the_cache_has_the_size_that_was_asked_for(tiny_base):
     arguments = ["--base", str(tiny_base), "--cache-gib", "0.0001"]
-    engine = make_engine(read_config([*arguments, "--engine", "transformers"], {}), load_base(tiny_base))
+    engine = make_engine(read_config([*arguments, "--engine", "transformers"], {}), open_registry("base", tiny_base))
     with pytest.raises(ValueError, match=r"0.00 GiB may be used: .* raise --cache-gib"):
         asyncio.run(engine.start())
-    for name in ("fake", "vllm"):
-        with pytest.raises(ConfigError, match=f"--cache-gib 0.0001: the {name} engine does not take it"):
-            make_engine(read_config([*arguments, "--engine", name], {}), load_base(tiny_base))
+    with pytest.raises(ConfigError, match=r"--cache-gib 0.0001: the fake engine has no cache; remove it"):
+        make_engine(read_config([*arguments, "--engine", "fake"], {}), open_registry("base", tiny_base))
 
 
 @pytest.mark.parametrize(
@@ -79,32 +78,37 @@ def test_auto_is_vllm_wherever_it_runs_all_that_is_asked(
 
 def test_auto_is_transformers_without_cuda(tiny_base, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    engine = make_engine(read_config(["--base", str(tiny_base)], {}), load_base(tiny_base))
+    engine = make_engine(read_config(["--base", str(tiny_base)], {}), open_registry("base", tiny_base))
     assert isinstance(engine, TransformersEngine)
 
 
 def test_vllm_is_refused_where_it_is_not_installed_or_a_merged_model_is_asked_for(tiny_base, monkeypatch):
-    base = load_base(tiny_base)
+    registry = open_registry("base", tiny_base)
     arguments = ["--base", str(tiny_base), "--engine", "vllm"]
     monkeypatch.setattr(command, "find_spec", lambda package: None)
     with pytest.raises(ConfigError, match="make deploy ENGINE=vllm"):
-        make_engine(read_config(arguments, {}), base)
+        make_engine(read_config(arguments, {}), registry)
     monkeypatch.setattr(command, "find_spec", lambda package: object())
     with pytest.raises(ModelRejected, match="merged model 'm': vLLM runs one set of weights"):
-        make_engine(read_config([*arguments, "--merged", f"m={tiny_base}"], {}), base)
+        make_engine(read_config([*arguments, "--merged", f"m={tiny_base}"], {}), registry)
 
 
-def test_vllm_has_a_slot_for_each_adapter_as_wide_as_the_widest(tiny_base, tiny_adapters, monkeypatch):
+def test_vllm_has_a_slot_for_each_adapter_there_can_be_as_wide_as_the_widest(tiny_base, tiny_adapters, monkeypatch):
     monkeypatch.setattr(command, "find_spec", lambda package: object())
     monkeypatch.setenv("VLLM_NO_USAGE_STATS", "0")
     monkeypatch.setenv("VLLM_WORKER_MULTIPROC_METHOD", "")  # so that its absence is what is restored
     monkeypatch.delenv("VLLM_WORKER_MULTIPROC_METHOD")
-    adapters = [word for name, path in tiny_adapters.items() for word in ("--adapter", f"{name}={path}")]
     arguments = ["--base", str(tiny_base), "--engine", "vllm"]
-    for words, slots in (([], 0), (adapters, 2), ([*adapters, "--max-batch", "1"], 1)):
-        engine = make_engine(read_config([*arguments, *words], {}), load_base(tiny_base))
+    for adapters, words, slots in (
+        ({}, [], 0),
+        (tiny_adapters, [], 2),
+        (tiny_adapters, ["--max-adapters", "1"], 1),
+        ({}, ["--keys", "keys.toml", "--max-adapters", "5"], 5),  # an administrator may register as many
+    ):
+        registry = open_registry("base", tiny_base, adapters=adapters, max_rank=24)
+        engine = make_engine(read_config([*arguments, *words], {}), registry)
         assert isinstance(engine, VllmEngine)
-        assert (engine.max_adapters, engine.max_rank) == (slots, 4 if words else 1)
+        assert (engine.max_adapters, engine.max_rank) == (slots, 24)
     assert os.environ["VLLM_NO_USAGE_STATS"] == "0", "what the operator set stands"
     assert os.environ["VLLM_WORKER_MULTIPROC_METHOD"] == "spawn"
 
@@ -116,10 +120,12 @@ def free_port() -> int:
 
 
 @contextmanager
-def server_process(*arguments):
+def server_process(*arguments, code=None):
+    """`code` stands in for `-m serving`."""
     port = free_port()
     environment = {**os.environ, "GRAFT_PORT": str(port), "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-m", "serving", "--engine", "fake", *arguments]
+    program = ["-m", "serving"] if code is None else ["-c", code]
+    command = [sys.executable, *program, "--engine", "fake", *arguments]
     process = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     try:
         yield process, f"http://127.0.0.1:{port}"
@@ -142,7 +148,7 @@ def test_a_running_stream_has_the_drain_to_finish(tiny_base):
 
 def check_drain(tiny_base, drain_s, finishes):
     with server_process("--base", str(tiny_base), "--max-batch", "1", "--drain-s", drain_s) as (process, url):
-        wait_until(lambda: is_ready(url), timeout_s=60)
+        wait_until(lambda: is_ready(url), timeout_s=120)
         lines = []
 
         def read():
@@ -157,9 +163,40 @@ def check_drain(tiny_base, drain_s, finishes):
         reader.start()
         wait_until(lambda: len(lines) > 2)
         process.send_signal(signal.SIGTERM)
+        assert not is_ready(url), "from the signal on"
         _, errors = process.communicate(timeout=60)
         reader.join(timeout=30)
         assert process.returncode == 0
         assert (lines[-1] == "data: [DONE]") is finishes
         record = json.loads(next(line for line in errors.splitlines() if '"/v1/completions"' in line))
         assert (record["model"], record["prompt_tokens"]) == ("base", 8)
+
+
+MORTAL = """
+import signal, sys
+from serving import __main__ as command
+from serving.engine.fake_engine import FakeEngine
+
+async def start(engine, really=FakeEngine.start):
+    await really(engine)
+    signal.signal(signal.SIGUSR1, lambda *_: engine.die("it was shot"))
+
+FakeEngine.start = start
+sys.exit(command.main(sys.argv[1:]))
+"""
+
+
+def test_the_engines_death_ends_the_process_with_70_and_its_streams_with_an_error(tiny_base):
+    assert EXIT_ENGINE_DIED == 70
+    with server_process("--base", str(tiny_base), code=MORTAL) as (process, url):
+        wait_until(lambda: is_ready(url), timeout_s=120)
+        body = {"model": "base", "prompt": "a", "max_tokens": 400, "temperature": 0, "n": 8, "stream": True}
+        with httpx.stream("POST", f"{url}/v1/completions", json=body, timeout=30) as response:
+            lines = (line for line in response.iter_lines() if line)
+            next(lines)
+            process.send_signal(signal.SIGUSR1)
+            last = list(lines)[-1]
+        assert json.loads(last.removeprefix("data: "))["error"]["code"] == "engine_dead"
+        _, errors = process.communicate(timeout=60)
+        assert process.returncode == EXIT_ENGINE_DIED
+        assert "python -m serving: the engine failed; start the server again" in errors.splitlines()

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import json
+import logging
+import socket
 import threading
 from concurrent.futures import ThreadPoolExecutor
 
@@ -13,6 +15,8 @@ import pytest
 from transformers import PreTrainedTokenizerBase
 
 from serving.errors import AdapterRejected
+from serving.keys import KeyEntry, KeyRing, add_entry, new_key
+from serving.logs import JsonLines
 from tests.serving.bad_inputs import BAD_INPUTS
 from tests.tiny import make_fake_app, make_tokenizer, running_server, wait_until
 
@@ -42,8 +46,29 @@ def serve(tiny_base, tiny_adapters):
         context.__exit__(None, None, None)
 
 
-def chat(url, **fields):
-    return httpx.post(f"{url}/v1/chat/completions", json={"model": "base", "messages": [USER], **fields}, timeout=30)
+def chat(url, *, key=None, headers=None, **fields):
+    body = {"model": "base", "messages": [USER], **fields}
+    return httpx.post(f"{url}/v1/chat/completions", json=body, headers={**bearer(key), **(headers or {})}, timeout=30)
+
+
+def bearer(key) -> dict:
+    return {} if key is None else {"authorization": f"Bearer {key}"}
+
+
+def waiting(url, key=None) -> int:
+    """Returns how many completions wait at the gateway."""
+    text = httpx.get(f"{url}/metrics", headers=bearer(key)).text
+    return sum(int(float(line.split()[-1])) for line in text.splitlines() if line.startswith("graft_queue_waiting{"))
+
+
+def make_keys(folder, **entries):
+    """Returns the ring and the keys by name; each may read metrics."""
+    made = {}
+    for name, fields in entries.items():
+        made[name], sha256 = new_key()
+        entry = KeyEntry(**{"kind": "inference", "metrics": True, **fields}, name=name, sha256=sha256)
+        add_entry(folder / "keys.toml", entry)
+    return KeyRing(folder / "keys.toml"), made
 
 
 def envelope(response) -> dict:
@@ -274,7 +299,7 @@ class TestBadInput:
 
 class TestLeaving:
     def test_a_client_that_leaves_a_stream_frees_the_work(self, serve):
-        url, engine = serve(token_delay_s=0.01)
+        url, engine = serve(token_delay_s=0.01, end_of_turn_id=None)
         body = {"model": "base", "messages": [USER], "max_tokens": 400, "temperature": 0, "n": 2, "stream": True}
         with httpx.stream("POST", f"{url}/v1/chat/completions", json=body) as response:
             next(response.iter_bytes())
@@ -300,16 +325,216 @@ class TestLeaving:
             wait_until(lambda: engine.stats().running == 1)
             with pytest.raises(httpx.ReadTimeout):
                 httpx.post(f"{url}/v1/completions", json={"model": "base", "prompt": "a"}, timeout=0.3)
-            wait_until(lambda: engine.stats().waiting == 0)
+            wait_until(lambda: waiting(url) == 0)
             assert running.result().status_code == 200
+
+    @pytest.mark.slow
+    def test_two_hundred_that_leave_leave_nothing_behind(self, serve, tmp_path):
+        """32 of them have a row, the others wait."""
+        ring, made = make_keys(tmp_path, ann={"models": ["*"], "tokens_per_minute": 200_000, "max_concurrent": 200})
+        url, engine = serve(token_delay_s=0.02, end_of_turn_id=None, keys=ring)
+        body = json.dumps({"model": "base", "messages": [USER], "temperature": 0, "stream": True}).encode()
+        head = (
+            f"POST /v1/chat/completions HTTP/1.1\r\nhost: a\r\nauthorization: Bearer {made['ann']}\r\n"
+            f"content-type: application/json\r\ncontent-length: {len(body)}\r\n\r\n"
+        ).encode()
+
+        async def crowd():
+            address = httpx.URL(url)
+            clients = [await asyncio.open_connection(address.host, address.port) for _ in range(200)]
+            for _, writer in clients:
+                writer.write(head + body)
+            await asyncio.to_thread(
+                wait_until, lambda: engine.stats().running == 32 and waiting(url, made["ann"]) == 168
+            )
+            for _, writer in clients:
+                writer.close()
+
+        asyncio.run(asyncio.wait_for(crowd(), 60))
+        wait_until(lambda: engine.stats().running == 0 and waiting(url, made["ann"]) == 0)
+        assert engine.aborted >= 32, "a row that comes free may go to one whose leaving is still to be seen"
+        answer = chat(url, key=made["ann"], max_tokens=1)
+        assert answer.status_code == 200
+        assert int(answer.headers["x-ratelimit-remaining-tokens"]) > 150_000, "200 x 480 had been reserved"
+
+    def test_a_slow_reader_holds_up_nobody_and_loses_nothing(self, tiny_base, tiny_adapters):
+        app, engine = make_fake_app(tiny_base, tiny_adapters, max_batch=8, max_queue=0, script=(60,) * 400)
+        sent = []
+
+        async def counted(scope, receive, send):
+            async def count(message):
+                await send(message)
+                sent.append(len(message.get("body", b"")))
+
+            await app(scope, receive, count if scope.get("path") == "/v1/chat/completions" else send)
+
+        fields = {"max_tokens": 400, "n": 8, "temperature": 0, "logprobs": True, "top_logprobs": 20, "stream": True}
+        body = json.dumps({"model": "base", "messages": [USER], **fields}).encode()
+        with running_server(counted) as url, socket.socket() as slow:
+            slow.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+            slow.connect((httpx.URL(url).host, httpx.URL(url).port))
+            slow.sendall(b"POST /v1/chat/completions HTTP/1.0\r\ncontent-length: %d\r\n\r\n" % len(body) + body)
+            wait_until(lambda: engine.stats().running == 8)
+            wait_until(lambda: engine.stats().running == 0, timeout_s=60)  # with hardly anything read
+            before = sum(sent)
+            assert httpx.post(f"{url}/v1/completions", json={"model": "base", "prompt": "a"}).status_code == 200
+            received = b"".join(iter(lambda: slow.recv(2**20), b""))
+        assert received.endswith(b"data: [DONE]\n\n")
+        assert received.count(b'"finish_reason":"length"') == 8
+        assert before < sum(sent) * 0.9, "the server wrote no more than the socket took"
+
+
+class TestKeys:
+    def test_a_key_uses_its_models_alone_and_openais_client_understands(self, serve, tmp_path):
+        ring, made = make_keys(tmp_path, ann={"models": ["starter"]}, root={"kind": "admin"})
+        url, _ = serve(keys=ring)
+        with openai.OpenAI(base_url=f"{url}/v1", api_key=made["ann"], max_retries=0) as client:
+            reply = client.chat.completions.create(model="starter", messages=[USER], max_tokens=2)
+            assert client.completions.create(model=reply.model, prompt="a", max_tokens=1).model == reply.model
+            for model in ("base", "nope"):
+                with pytest.raises(openai.PermissionDeniedError, match="may not use model") as caught:
+                    client.chat.completions.create(model=model, messages=[USER])
+                assert (caught.value.code, caught.value.param) == ("model_not_allowed", "model")
+        with (
+            openai.OpenAI(base_url=f"{url}/v1", api_key="wrong", max_retries=0) as client,
+            pytest.raises(openai.AuthenticationError) as caught,
+        ):
+            client.chat.completions.create(model="starter", messages=[USER])
+        assert caught.value.code == "invalid_api_key"
+        assert envelope(chat(url, key=made["root"]))["code"] == "model_not_allowed", "an admin key does no inference"
+        tokenized = httpx.post(f"{url}/tokenize", json={"model": "base", "prompt": "a"}, headers=bearer(made["ann"]))
+        assert envelope(tokenized)["code"] == "model_not_allowed"
+
+    def test_a_key_learns_nothing_of_other_models(self, serve, tmp_path):
+        ring, made = make_keys(tmp_path, ann={"models": ["starter"]})
+        url, _ = serve(keys=ring)
+        listed = httpx.get(f"{url}/v1/models", headers=bearer(made["ann"])).json()["data"]
+        assert [model["id"] for model in listed] == ["starter"]
+        answers = [httpx.get(f"{url}/v1/models/{name}", headers=bearer(made["ann"])) for name in ("base", "nope")]
+        answers.append(chat(url, key=made["ann"], model="other"))
+        for answer in answers:
+            assert (answer.status_code, envelope(answer)["code"]) == (403, "model_not_allowed")
+            assert "other@" not in answer.text
+        absent = chat(url, key=made["ann"], model="starter@ffff")
+        assert absent.status_code == 404
+        assert "base" not in absent.text
+
+    def test_administration_is_closed_without_keys(self, fake_server):
+        answer = httpx.get(f"{fake_server}/admin/revisions")
+        assert (answer.status_code, envelope(answer)["code"]) == (403, "admin_key_required")
+
+    def test_the_schema_shows_the_key_and_the_probes_need_none(self, serve, tmp_path):
+        ring, made = make_keys(tmp_path, ann={"models": ["*"]})
+        url, _ = serve(keys=ring)
+        schema = httpx.get(f"{url}/openapi.json", headers=bearer(made["ann"])).json()
+        assert schema["components"]["securitySchemes"]["key"]["scheme"] == "bearer"
+        assert schema["paths"]["/v1/chat/completions"]["post"]["security"] == [{"key": []}]
+        assert schema["paths"]["/readyz"]["get"]["security"] == []
+        assert httpx.get(f"{url}/openapi.json").status_code == 401
+
+
+class TestLimits:
+    def test_answers_say_what_is_left_and_a_refusal_when_to_come_back(self, serve, tmp_path):
+        limits = {"models": ["*"], "requests_per_minute": 3, "tokens_per_minute": 600}
+        ring, made = make_keys(tmp_path, ann=limits)
+        url, _ = serve(keys=ring, end_of_turn_id=None)
+        answer = chat(url, key=made["ann"], max_tokens=4)
+        used = answer.json()["usage"]["total_tokens"]
+        assert answer.headers["x-ratelimit-remaining-requests"] == "2"
+        assert 600 - used <= int(answer.headers["x-ratelimit-remaining-tokens"]) <= 600 - used + 20
+        refused = chat(url, key=made["ann"], n=5, max_tokens=300)
+        assert (refused.status_code, envelope(refused)["code"]) == (400, "over_tokens_per_minute")
+        assert chat(url, key=made["ann"], max_tokens=100).status_code == 200
+        refused = chat(url, key=made["ann"], max_tokens=1)
+        assert (refused.status_code, envelope(refused)["code"]) == (429, "rate_limit_exceeded")
+        assert 1 <= int(refused.headers["retry-after"]) <= 20
+        assert refused.headers["x-ratelimit-remaining-requests"] == "0"
+        text = httpx.get(f"{url}/metrics", headers=bearer(made["ann"])).text
+        assert 'graft_rate_limited_total{key="ann",limit="requests"} 1.0' in text
+
+    def test_a_stream_tells_its_reservation(self, serve, tmp_path):
+        ring, made = make_keys(tmp_path, ann={"models": ["*"], "tokens_per_minute": 10_000})
+        url, _ = serve(keys=ring)
+        answer = chat(url, key=made["ann"], max_tokens=100, stream=True)
+        assert 9_800 < int(answer.headers["x-ratelimit-remaining-tokens"]) < 9_950
+
+
+class TestFairness:
+    def test_a_rare_adapter_is_served_beside_a_busy_ones_queue(self, serve):
+        url, _ = serve(token_delay_s=0.01, max_batch=2, end_of_turn_id=None)
+        fields = {"model": "starter", "prompt": ["a"] * 50, "max_tokens": 5, "temperature": 0}
+        with ThreadPoolExecutor(2) as pool:
+            busy = [pool.submit(httpx.post, f"{url}/v1/completions", json=fields, timeout=60) for _ in range(2)]
+            wait_until(lambda: waiting(url) > 80)
+            answer = chat(url, model="other", max_tokens=1, temperature=0)
+            assert answer.status_code == 200
+            assert waiting(url) > 40, "it had to wait for two rows, not for a hundred"
+            assert [future.result().status_code for future in busy] == [200, 200]
+
+
+class TestDeadline:
+    def test_before_the_first_byte_it_is_504_and_not_asked_again(self, serve):
+        url, engine = serve(token_delay_s=0.02, end_of_turn_id=None)
+        answer = chat(url, headers={"x-request-timeout-s": "0.2"})
+        assert (answer.status_code, envelope(answer)["code"]) == (504, "deadline_exceeded")
+        with (
+            openai.OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=2) as client,
+            pytest.raises(openai.InternalServerError),
+        ):
+            client.chat.completions.create(
+                model="base", messages=[USER], extra_headers={"x-request-timeout-s": "0.2"}, temperature=0
+            )
+        assert engine.stats().running == 0
+        assert engine.aborted == 2, "and no third time"
+
+    def test_inside_a_stream_it_is_an_error_event(self, serve):
+        url, engine = serve(token_delay_s=0.02, end_of_turn_id=None, deadline_s=0.3)
+        with openai.OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0) as client:
+            stream = client.chat.completions.create(model="base", messages=[USER], stream=True, temperature=0)
+            assert next(stream).choices
+            with pytest.raises(openai.APIError) as caught:
+                list(stream)
+        assert caught.value.code == "deadline_exceeded"
+        wait_until(lambda: engine.stats().running == 0)
+        text = httpx.get(f"{url}/metrics").text
+        assert 'code="deadline_exceeded"' in text
+
+    def test_a_header_that_is_no_time_is_named(self, fake_server):
+        answer = chat(fake_server, headers={"x-request-timeout-s": "soon"})
+        assert (answer.status_code, envelope(answer)["param"]) == (400, "x-request-timeout-s")
+
+
+class TestStall:
+    def test_a_stalled_engine_is_not_ready_until_it_goes_on(self, serve):
+        url, engine = serve(stall_s=0.3)
+        engine._token_delay_s = 3.0
+        with ThreadPoolExecutor(1) as pool:
+            running = pool.submit(chat, url, max_tokens=1)
+            wait_until(lambda: httpx.get(f"{url}/readyz").status_code == 503)
+            engine._token_delay_s = 0.0  # from the second step on
+            for answer in (httpx.get(f"{url}/readyz"), chat(url)):
+                assert (answer.status_code, envelope(answer)["code"]) == (503, "engine_stalled")
+            assert httpx.get(f"{url}/healthz").status_code == 200
+            assert "graft_engine_stalled 1.0" in httpx.get(f"{url}/metrics").text
+            assert running.result().status_code == 200
+        wait_until(lambda: httpx.get(f"{url}/readyz").status_code == 200)
+        assert "graft_engine_stalled 0.0" in httpx.get(f"{url}/metrics").text
 
 
 class TestTrouble:
+    def test_a_server_that_stops_is_not_ready(self, serve):
+        stopping = []
+        url, _ = serve(stopping=lambda: bool(stopping))
+        stopping.append(True)
+        answer = httpx.get(f"{url}/readyz")
+        assert (answer.status_code, envelope(answer)["code"]) == (503, "stopping")
+        assert chat(url, max_tokens=1).status_code == 200, "what still comes is answered"
+
     def test_an_overfull_queue_is_429_with_retry_after(self, serve):
-        url, engine = serve(token_delay_s=0.02, max_batch=1, max_queue=1, end_of_turn_id=None)
+        url, _ = serve(token_delay_s=0.02, max_batch=1, max_queue=1, end_of_turn_id=None)
         with ThreadPoolExecutor(2) as pool:
             running = [pool.submit(chat, url, temperature=0, max_tokens=60) for _ in range(2)]
-            wait_until(lambda: engine.stats().waiting == 1)
+            wait_until(lambda: waiting(url) == 1)
             response = chat(url, max_tokens=1)
             assert (response.status_code, envelope(response)["type"]) == (429, "rate_limit_error")
             assert 0 < int(response.headers["retry-after"]) <= 120
@@ -357,16 +582,55 @@ class TestTrouble:
                 reply = client.chat.completions.create(**fields)
                 return list(reply) if stream else reply
 
+            before = engine.stats().steps  # of the start's probes
             running = pool.submit(ask)
-            wait_until(lambda: engine.stats().steps > 5)
+            wait_until(lambda: engine.stats().steps > before + 5)
             engine.die()
             with pytest.raises(openai.APIError) as caught:
                 running.result()
         assert caught.value.code == "engine_dead"
         if stream:
-            assert 'graft_stream_errors_total{code="engine_dead"} 1.0' in httpx.get(f"{url}/metrics").text
+            assert (
+                'graft_stream_errors_total{arm="",code="engine_dead",model="base"} 1.0'
+                in httpx.get(f"{url}/metrics").text
+            )
         else:
             assert isinstance(caught.value, openai.InternalServerError)
+
+
+class TestLogs:
+    def test_no_line_quotes_a_prompt_or_a_reply(self, serve, caplog):
+        """Whatever becomes of the request, and at every level."""
+        said, answered = "heliotrope", "marzipan and more"
+        script = tuple(make_tokenizer().encode(answered))
+        url, engine = serve(script=script, token_delay_s=0.01)
+        caplog.set_level(logging.DEBUG)
+        message = {"role": "user", "content": said}
+        fields = {"messages": [message], "temperature": 0, "max_tokens": len(script)}
+        assert answered in chat(url, **fields).text
+        assert "[DONE]" in chat(url, **fields, stream=True).text
+        with httpx.stream("POST", f"{url}/v1/completions", json={"model": "base", "prompt": said, "stream": True}) as r:
+            next(r.iter_bytes())
+        for wrong in ({"top_p": said}, {said: 1}, {"messages": said}, {"messages": [{**message, "role": said}]}):
+            assert chat(url, **{**fields, **wrong}).status_code == 400
+        assert chat(url, **fields, model=said).status_code == 404
+        assert httpx.post(f"{url}/v1/chat/completions", content=said.encode()).status_code == 400
+
+        async def broken(request):
+            raise ValueError(f"cannot run {said}")
+            yield
+
+        engine.generate = broken
+        assert chat(url, **fields).status_code == 500
+        wait_until(lambda: engine.stats().running == 0)
+        lines = [JsonLines().format(record) for record in caplog.records if not record.name.startswith("http")]
+        requests = [json.loads(line) for line in lines if '"event": "request"' in line]
+        assert len(requests) >= 10
+        assert {"request_id", "key", "queue_s", "model"} <= set(requests[0])
+        assert any("ValueError" in line for line in lines), "the bug is logged"
+        for line in lines:
+            assert said not in line
+            assert "marzipan" not in line
 
 
 class TestMetrics:
@@ -376,8 +640,10 @@ class TestMetrics:
             chat(url, model=model, max_tokens=3, temperature=0)
         httpx.get(f"{url}/secret/path")
         text = httpx.get(f"{url}/metrics").text
-        assert 'graft_requests_total{model="starter",route="/v1/chat/completions",status="200"} 1.0' in text
-        assert 'graft_requests_total{model="",route="/v1/chat/completions",status="404"} 2.0' in text
+        assert (
+            'graft_requests_total{arm="stable",model="starter",route="/v1/chat/completions",status="200"} 1.0' in text
+        )
+        assert 'graft_requests_total{arm="",model="",route="/v1/chat/completions",status="404"} 2.0' in text
         assert 'route="unmatched",status="404"' in text
         assert "nope" not in text
         assert "secret" not in text
@@ -389,7 +655,7 @@ class TestMetrics:
         headers = {"content-type": "application/x-www-form-urlencoded"}
         assert httpx.post(f"{url}/v1/chat/completions", content=body, headers=headers).status_code == 200
         text = httpx.get(f"{url}/metrics").text
-        assert 'graft_requests_total{model="base",route="/v1/chat/completions",status="200"} 1.0' in text
+        assert 'graft_requests_total{arm="",model="base",route="/v1/chat/completions",status="200"} 1.0' in text
         assert "unmatched" not in text
 
 

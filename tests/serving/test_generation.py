@@ -8,11 +8,14 @@ from contextlib import aclosing
 
 import pytest
 
+from serving.auth import Caller, Limits
 from serving.engine.completion import Choice
 from serving.engine.fake_engine import FakeEngine
 from serving.engine.host import EngineHost
-from serving.errors import BadRequest, NotReady, Overloaded
+from serving.errors import BadRequest, DeadlineExceeded, Forbidden, NotReady, Overloaded, RateLimited
+from serving.fair_queue import FairQueue
 from serving.generation import Generation
+from serving.limits import Limiter
 from serving.metrics import Metrics
 from serving.middleware import RequestFacts
 from serving.registry.catalog import load_catalog
@@ -22,15 +25,17 @@ from tests.serving.engine.test_fake_engine import subject
 
 @pytest.fixture(scope="module")
 def catalog(tiny_base):
-    return load_catalog("base", tiny_base, adapters={}, merged={})
+    return load_catalog("base", tiny_base, {})
 
 
 def with_generation(catalog, check, *, ready=True):
     async def run():
         engine = FakeEngine(context_length=256, vocabulary_size=400, max_batch=2, token_delay_s=0.001)
-        model = catalog.resolve("base")
-        host = EngineHost(engine, [model.variant])
-        generation = Generation(host, catalog, Metrics(lambda: None), max_batch=2, max_queue=1)
+        model = catalog.models["base"]
+        host = EngineHost(engine, lambda engine: engine.add(model.variant))
+        generation = Generation(
+            host, catalog.base.vocabulary, Metrics(lambda: None), FairQueue(2, 1), Limiter(clock=lambda: 0.0)
+        )
         if ready:
             host.start()
             await until(host.ready)
@@ -41,8 +46,8 @@ def with_generation(catalog, check, *, ready=True):
     asyncio.run(run())
 
 
-def start(generation, model, count, facts=None):
-    request = ask(subject(), model.variant, max_tokens=100)
+def start(generation, model, count, facts=None, max_tokens=100):
+    request = ask(subject(), model.variant, max_tokens=max_tokens)
     choices = [Choice(index, request) for index in range(count)]
     return generation.run(model, choices, 9, facts or RequestFacts("id"))
 
@@ -52,7 +57,7 @@ def test_the_queue_is_bounded_and_leaving_makes_room(catalog):
         async with aclosing(start(generation, model, 2)) as first, aclosing(start(generation, model, 1)) as second:
             await anext(first)
             waiting = asyncio.ensure_future(anext(second))
-            await until(lambda: engine.stats().waiting == 1)
+            await asyncio.sleep(0)
             with pytest.raises(Overloaded, match="1 completions wait and the queue holds 1") as caught:
                 await anext(start(generation, model, 1))
             assert caught.value.retry_after_s is not None
@@ -104,6 +109,8 @@ def test_plans_run_one_after_another_in_a_thread_and_the_loop_goes_on(catalog):
         await until(lambda: bool(running))
         leaver = tasks.pop()
         leaver.cancel()
+        await asyncio.gather(leaver, return_exceptions=True)
+        await asyncio.sleep(0)  # its job hears of it a turn later
         release.set()
         threads = await asyncio.gather(*tasks)
         assert len(set(threads)) == 1
@@ -126,5 +133,115 @@ def test_facts_have_the_times(catalog):
             async for _ in pieces:
                 pass
         assert facts.ttft_s < facts.total_s
+
+    with_generation(catalog, check)
+
+
+def facts_of_ann(tokens=None, models=("*",), timeout_s=None):
+    return RequestFacts("id", caller=Caller("ann", frozenset(models), limits=Limits(None, tokens)), timeout_s=timeout_s)
+
+
+def left(generation, facts):
+    return int(generation._limiter.headers(facts.caller)["x-ratelimit-remaining-tokens"])
+
+
+def test_a_key_runs_only_its_models(catalog):
+    async def check(generation, model, engine):
+        with pytest.raises(Forbidden, match="key 'ann' may not use model 'base'"):
+            await anext(start(generation, model, 1, facts_of_ann(models=["other"])))
+        assert [piece async for piece in start(generation, model, 1, facts_of_ann(models=["base"]))]
+
+    with_generation(catalog, check)
+
+
+def test_tokens_are_reserved_and_what_was_not_generated_is_given_back(catalog):
+    async def check(generation, model, engine):
+        facts = facts_of_ann(tokens=300)
+        async with aclosing(start(generation, model, 2, facts)) as pieces:
+            await anext(pieces)
+            assert left(generation, facts) == 300 - 9 - 200
+            with pytest.raises(RateLimited):
+                await anext(start(generation, model, 1, facts))
+        assert 300 - 9 - 20 < left(generation, facts) < 300 - 9, "the prompt and a few tokens"
+        before = left(generation, facts)
+        with pytest.raises(BadRequest, match="can use 609 tokens"):
+            await anext(start(generation, model, 3, facts, max_tokens=200))
+        assert left(generation, facts) == before
+
+    with_generation(catalog, check)
+
+
+def test_a_request_that_never_had_a_row_costs_no_tokens(catalog):
+    async def check(generation, model, engine):
+        facts = facts_of_ann(tokens=900)
+        async with aclosing(start(generation, model, 2)) as pieces:
+            await anext(pieces)
+            waiting = asyncio.ensure_future(anext(start(generation, model, 1, facts)))
+            await asyncio.sleep(0.01)
+            assert left(generation, facts) == 900 - 109
+            with pytest.raises(Overloaded):
+                await anext(start(generation, model, 1, facts))
+            waiting.cancel()
+            await asyncio.gather(waiting, return_exceptions=True)
+            assert left(generation, facts) == 900
+
+    with_generation(catalog, check)
+
+
+def test_tokens_that_nobody_read_are_paid_for_and_hold_no_row(catalog):
+    async def check(generation, model, engine):
+        facts = facts_of_ann(tokens=900)
+        async with aclosing(start(generation, model, 2, facts)) as slow:
+            await anext(slow)
+            await until(lambda: engine.stats().running == 0)  # all was generated, a piece was read
+            others = [piece async for piece in start(generation, model, 2)]
+            assert len(others) == 200
+        assert left(generation, facts) == 900 - 209
+
+    with_generation(catalog, check)
+
+
+def test_the_deadline_ends_what_runs_and_what_waits(catalog):
+    async def check(generation, model, engine):
+        async with aclosing(start(generation, model, 1, RequestFacts("id"), max_tokens=200)) as long:
+            await anext(long)
+            running = start(generation, model, 1, facts_of_ann(timeout_s=0.05), max_tokens=200)
+            await anext(running)
+            waiting = start(generation, model, 1, facts_of_ann(timeout_s=0.02))
+            with pytest.raises(DeadlineExceeded, match="x-request-timeout-s") as caught:
+                await anext(waiting)
+            assert (caught.value.status, caught.value.code) == (504, "deadline_exceeded")
+            with pytest.raises(DeadlineExceeded):
+                async for _ in running:
+                    pass
+            assert (engine.stats().running, engine.aborted) == (1, 1)
+        with pytest.raises(DeadlineExceeded):
+            await anext(start(generation, model, 1, facts_of_ann(timeout_s=-1.0)))
+
+    with_generation(catalog, check)
+
+
+def test_a_deadline_ends_what_a_slow_reader_left_unread(catalog):
+    async def check(generation, model, engine):
+        async with aclosing(start(generation, model, 1, facts_of_ann(timeout_s=0.05), max_tokens=200)) as slow:
+            await anext(slow)
+            await until(lambda: engine.stats().running == 0)
+            assert engine.aborted == 1
+            with pytest.raises(DeadlineExceeded):
+                async for _ in slow:
+                    pass
+
+    with_generation(catalog, check)
+
+
+def test_the_wait_at_the_gateway_is_the_queue_time(catalog):
+    async def check(generation, model, engine):
+        facts = RequestFacts("id")
+        async with aclosing(start(generation, model, 2)) as pieces:
+            await anext(pieces)
+            waiting = asyncio.ensure_future(anext(start(generation, model, 1, facts)))
+            await asyncio.sleep(0.05)
+        await waiting
+        assert facts.queue_s > 0.04
 
     with_generation(catalog, check)

@@ -10,13 +10,13 @@ from pydantic import ValidationError
 
 from serving.errors import BadRequest
 from serving.messages import ChatMessage, render
-from serving.registry.catalog import load_catalog
+from serving.registry.boot import open_registry
 from training.chat import Message, render_chat, render_prompt
 
 
 @pytest.fixture(scope="module")
 def catalog(tiny_base):
-    return load_catalog("base", tiny_base, adapters={}, merged={})
+    return open_registry("base", tiny_base)
 
 
 def message(**fields):
@@ -60,7 +60,7 @@ def test_a_models_own_system_prompt_stands_where_a_chat_has_none(catalog):
 
 
 def test_a_template_that_refuses_is_a_bad_request(catalog, tiny_base):
-    base = load_catalog("base", tiny_base, adapters={}, merged={}).base
+    base = open_registry("base", tiny_base).base
     base.tokenizer.chat_template = "{{ raise_exception('roles must alternate') }}"
     with pytest.raises(BadRequest, match="roles must alternate") as caught:
         render([message(role="user", content="hi")], base, catalog.resolve("base"), generation_prompt=True)

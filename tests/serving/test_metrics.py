@@ -36,20 +36,22 @@ def test_a_stopwatch_counts_tokens_and_times_them(clock):
     pieces = [(2.0, 0, 0, None), (3.0, 0, 1, None), (4.0, 0, 3, None), (9.0, 0, 3, FinishReason.STOP)]
     see_all(watch, clock, [*pieces, (9.0, 1, 1, FinishReason.LENGTH)])
     assert (watch.ttft_s, watch.end()) == (2.0, 8.0)
-    assert value(metrics, 'graft_completion_tokens_total{model="base"}') == 4
-    assert value(metrics, 'graft_ttft_seconds_count{model="base"}') == 1
-    assert value(metrics, 'graft_ttft_seconds_sum{model="base"}') == 2.0
-    assert value(metrics, 'graft_tpot_seconds_count{model="base"}') == 1, "one token has no time after the first"
-    assert value(metrics, 'graft_tpot_seconds_sum{model="base"}') == 0.5, "the stop token's step is no token's time"
-    assert value(metrics, 'graft_e2e_seconds_sum{model="base"}') == 8.0
+    assert value(metrics, 'graft_completion_tokens_total{arm="",model="base"}') == 4
+    assert value(metrics, 'graft_ttft_seconds_count{arm="",model="base"}') == 1
+    assert value(metrics, 'graft_ttft_seconds_sum{arm="",model="base"}') == 2.0
+    assert value(metrics, 'graft_tpot_seconds_count{arm="",model="base"}') == 1, "one token has no time after the first"
+    assert value(metrics, 'graft_tpot_seconds_sum{arm="",model="base"}') == 0.5, (
+        "the stop token's step is no token's time"
+    )
+    assert value(metrics, 'graft_e2e_seconds_sum{arm="",model="base"}') == 8.0
 
 
 def test_tokens_that_come_with_the_first_have_no_time(clock):
     metrics = Metrics(lambda: None)
     watch = Stopwatch(metrics, "base", 0.0)
     see_all(watch, clock, [(1.0, 0, 4, FinishReason.LENGTH), (1.0, 1, 2, None), (2.0, 1, 4, FinishReason.LENGTH)])
-    assert value(metrics, 'graft_tpot_seconds_count{model="base"}') == 1
-    assert value(metrics, 'graft_tpot_seconds_sum{model="base"}') == 0.5
+    assert value(metrics, 'graft_tpot_seconds_count{arm="",model="base"}') == 1
+    assert value(metrics, 'graft_tpot_seconds_sum{arm="",model="base"}') == 0.5
 
 
 def test_a_reply_without_a_token_has_no_first(clock):
@@ -71,7 +73,22 @@ def test_the_engine_is_asked_when_prometheus_asks():
     assert value(metrics, "graft_engine_ready") == 0
 
 
+def test_the_series_of_names_that_are_served_no_more_are_dropped():
+    served = ["base", "starter"]
+    metrics = Metrics(lambda: None, lambda: served)
+    for name in ("base", "starter", ""):
+        metrics.requests.labels("/v1/completions", name, "", "200").inc()
+        metrics.ttft_s.labels(name, "").observe(1.0)
+    assert 'model="starter"' in metrics.exposition().decode()
+    served.remove("starter")
+    metrics.requests.labels("/v1/completions", "starter", "", "200").inc()  # one that was still running
+    text = metrics.exposition().decode()
+    assert 'model="starter"' not in text
+    assert value(metrics, 'graft_requests_total{arm="",model="base"') == 1
+    assert value(metrics, 'graft_requests_total{arm="",model=""') == 1
+
+
 def test_two_apps_have_two_registries():
     first, second = Metrics(lambda: None), Metrics(lambda: None)
-    first.prompt_tokens.labels("base").inc(5)
+    first.prompt_tokens.labels("base", "").inc(5)
     assert "graft_prompt_tokens_total{" not in second.exposition().decode()

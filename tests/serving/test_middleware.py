@@ -8,12 +8,13 @@ import logging
 
 import pytest
 
-from serving.errors import NotReady
+from serving.auth import Caller
+from serving.errors import NotReady, Unauthorised
 from serving.metrics import Metrics
-from serving.middleware import BodyLimit, JsonBodies, RequestRecorder, error_response
+from serving.middleware import BodyLimit, JsonBodies, RequestFacts, RequestRecorder, error_response
 
 
-def call(app, *, body=(b"",), headers=(), path="/x"):
+def call(app, *, body=(b"",), headers=(), path="/x", method="POST"):
     """Runs one ASGI request; returns the messages that the app sent."""
     parts = [{"type": "http.request", "body": part, "more_body": True} for part in body]
     parts[-1]["more_body"] = False
@@ -25,7 +26,7 @@ def call(app, *, body=(b"",), headers=(), path="/x"):
     async def send(message):
         sent.append(message)
 
-    scope = {"type": "http", "method": "POST", "path": path, "headers": list(headers)}
+    scope = {"type": "http", "method": method, "path": path, "headers": list(headers)}
     asyncio.run(app(scope, receive, send))
     return sent
 
@@ -94,11 +95,40 @@ def test_the_log_line_is_json_without_message_text(caplog):
     assert "secret" not in caplog.text
 
 
+def test_the_log_line_says_whose_key_which_arm_and_how_long_it_waited(caplog):
+    async def answered(scope, receive, send):
+        facts = scope["state"]["facts"]
+        facts.caller, facts.model, facts.arm, facts.queue_s = Caller("ann"), "starter", "canary", 0.12345678
+        await send({"type": "http.response.start", "status": 200, "headers": []})
+        await send({"type": "http.response.body", "body": b""})
+
+    with caplog.at_level(logging.INFO, logger="graft.access"):
+        call(recorder(answered))
+    line = json.loads(caplog.records[-1].getMessage())
+    assert {name: line[name] for name in ("key", "model", "arm", "queue_s")} == {
+        "key": "ann",
+        "model": "starter",
+        "arm": "canary",
+        "queue_s": 0.123457,
+    }
+
+
+def test_the_time_that_is_left_counts_from_the_arrival():
+    facts = RequestFacts("id")
+    assert facts.left_s() is None
+    facts.timeout_s = 5.0
+    assert 0 < facts.left_s() < 5
+    facts.arrived_s -= 6
+    assert facts.left_s() < 0
+
+
 def test_a_retry_is_invited_where_it_helps():
     response = error_response(NotReady("wait \ud800"))
     assert response.status_code == 503
     assert 0 < int(response.headers["retry-after"]) <= 120
     assert response.body.isascii()
+    assert "www-authenticate" not in response.headers
+    assert error_response(Unauthorised("no key")).headers["www-authenticate"].startswith("Bearer")
 
 
 def test_the_times_that_are_known_at_the_status_are_a_header():

@@ -6,9 +6,11 @@ import pytest
 from pydantic import ValidationError
 
 from serving.completions.protocol import CompletionRequest
+from serving.engine.engine import Feature
 from serving.engine.vocabulary import read_vocabulary
-from serving.errors import ContextTooLong
-from serving.registry.catalog import load_catalog
+from serving.errors import BadRequest, ContextTooLong, UnsupportedField
+from serving.registry.boot import open_registry
+from serving.response_format import ANY_OBJECT
 from serving.sampling import SamplingFields, choices_for, refuse_oversized, room_for
 from tests.tiny import make_tokenizer
 
@@ -51,16 +53,17 @@ def test_only_the_best_of_that_changes_nothing_is_accepted(value, accepted):
 
 
 def test_choices_differ_by_seed_alone(tiny_base):
-    model = load_catalog("base", tiny_base, adapters={}, merged={}).resolve("base")
+    catalog = open_registry("base", tiny_base)
+    model = catalog.resolve("base")
     fields = SamplingFields(model="base", n=2, seed=2**63 - 1, temperature=0.5)
-    choices = choices_for(fields, model, "id", [((1, 2), 5), ((3,), 6)], 2, 1)
+    choices = choices_for(fields, model, catalog.base.vocabulary, "id", [((1, 2), 5), ((3,), 6)], 2, 1)
     assert [choice.index for choice in choices] == [0, 1, 2, 3]
     assert [choice.request.prompt_ids for choice in choices] == [(1, 2), (1, 2), (3,), (3,)]
     assert [choice.request.sampling.max_tokens for choice in choices] == [5, 5, 6, 6]
     assert [choice.request.sampling.seed for choice in choices[:2]] == [2**63 - 1, -(2**63)]
     assert len({choice.request.request_id for choice in choices}) == 4
     assert all(choice.request.sampling.stop_token_ids == model.stop_token_ids for choice in choices)
-    unseeded = choices_for(SamplingFields(model="base", n=2), model, "id", [((1,), 5)], None)
+    unseeded = choices_for(SamplingFields(model="base", n=2), model, catalog.base.vocabulary, "id", [((1,), 5)], None)
     assert [choice.request.sampling.seed for choice in unseeded] == [None, None]
 
 
@@ -74,3 +77,49 @@ def test_stop_takes_a_text_or_a_list(stop):
 def test_a_wrong_stop_is_refused(stop):
     with pytest.raises(ValidationError):
         SamplingFields.model_validate({"model": "base", "stop": stop})
+
+
+def test_biases_are_tokens_and_numbers():
+    given = SamplingFields.model_validate({"model": "base", "logit_bias": {"5": -100, "0": 1.5}})
+    assert given.logit_bias == ((5, -100.0), (0, 1.5))
+    assert SamplingFields.model_validate({"model": "base", "logit_bias": {}}).logit_bias == ()
+
+
+@pytest.mark.parametrize(
+    "bias", [[], {"a": 1}, {"-1": 1}, {"05": 1}, {"1.0": 1}, {"5": "1"}, {"5": True}, {"5": 100.1}, {"5": float("nan")}]
+)
+def test_a_wrong_bias_is_refused(bias):
+    with pytest.raises(ValidationError):
+        SamplingFields.model_validate({"model": "base", "logit_bias": bias})
+
+
+def test_a_bias_on_no_token_and_a_schema_that_cannot_be_held_are_refused_before_the_engine(tiny_base):
+    catalog = open_registry("base", tiny_base)
+    schema = {"type": "json_schema", "json_schema": {"name": "a", "schema": {"type": "objec"}}}
+    for fields, param in (
+        ({"logit_bias": {str(catalog.base.vocabulary.size): 1}}, "logit_bias"),
+        ({"response_format": schema}, "response_format.json_schema.schema"),
+    ):
+        body = SamplingFields.model_validate({"model": "base", **fields})
+        with pytest.raises(BadRequest) as caught:
+            choices_for(body, catalog.resolve("base"), catalog.base.vocabulary, "id", [((1,), 5)], None)
+        assert caught.value.param == param
+
+
+def test_bias_and_grammar_reach_the_engine(tiny_base):
+    catalog = open_registry("base", tiny_base)
+    fields = {"logit_bias": {"5": 2}, "response_format": {"type": "json_object"}}
+    body = SamplingFields.model_validate({"model": "base", **fields})
+    (choice,) = choices_for(body, catalog.resolve("base"), catalog.base.vocabulary, "id", [((1,), 5)], None)
+    assert choice.request.sampling.logit_bias == ((5, 2.0),)
+    assert choice.request.sampling.grammar == ANY_OBJECT
+
+
+def test_what_the_engine_lacks_is_refused_by_name():
+    held = SamplingFields.model_validate({"model": "base", "response_format": {"type": "json_object"}})
+    held.check_features(frozenset({Feature.GRAMMAR}))
+    with pytest.raises(UnsupportedField) as caught:
+        held.check_features(frozenset())
+    assert caught.value.param == "response_format"
+    for free in ({}, {"response_format": {"type": "text"}}):
+        SamplingFields.model_validate({"model": "base", **free}).check_features(frozenset())

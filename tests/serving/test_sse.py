@@ -8,6 +8,7 @@ import json
 import pytest
 
 from serving.errors import EngineDead
+from serving.middleware import RequestFacts
 from serving.sse import DONE, EventStream, encode, events
 
 
@@ -78,10 +79,7 @@ def test_a_client_that_leaves_closes_the_source():
             await asyncio.sleep(0.05)
             return {"type": "http.disconnect"}
 
-        class Facts:
-            client_left = False
-
-        scope = {"state": {"facts": Facts()}}
+        scope = {"state": {"facts": RequestFacts("id")}}
         await EventStream(first, stream, {"x-a": "b"})(scope, receive, send)
         assert source.closed
         assert scope["state"]["facts"].client_left
@@ -92,3 +90,25 @@ def test_a_client_that_leaves_closes_the_source():
         assert b"content-length" not in headers
 
     asyncio.run(run())
+
+
+def test_a_client_that_reads_nothing_keeps_nothing_past_its_deadline():
+    async def run():
+        source = Source([str(number) for number in range(1000)])
+        stream = events(source.run(), lambda error: None)
+        first, sent = await anext(stream), []
+
+        async def send(message):
+            sent.append(message)
+            if len(sent) > 2:
+                await asyncio.Event().wait()  # the socket takes no more
+
+        async def receive():
+            await asyncio.Event().wait()
+
+        facts = RequestFacts("id", timeout_s=0.01)
+        await EventStream(first, stream, {}, grace_s=0.02)({"state": {"facts": facts}}, receive, send)
+        assert source.closed
+        assert (facts.stream_error, facts.client_left) == ("slow_reader", False)
+
+    asyncio.run(asyncio.wait_for(run(), 20))

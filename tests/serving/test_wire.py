@@ -4,16 +4,19 @@ from __future__ import annotations
 
 from typing import ClassVar
 
+import jsonschema_rs
 import pytest
-from pydantic import ValidationError
+from pydantic import Field, ValidationError
 
 from serving.wire import Wire
 
 
 class Body(Wire):
     harmless: ClassVar = {"user": None, "store": (False,), "top_k": (0, -1), "audio": ()}
+    remedies: ClassVar = {"audio": "write text"}
     text: str
     count: int = 3
+    source: str | None = Field(None, alias="from")
 
 
 def first_error(**data):
@@ -46,3 +49,36 @@ def test_an_unknown_field_gets_a_suggestion():
 )
 def test_types_are_strict(data):
     assert first_error(**data)["type"] in {"string_type", "missing", "int_type"}
+
+
+def test_a_refusal_gives_the_fields_own_remedy_where_it_has_one():
+    assert "would change the output; write text" in first_error(text="a", audio={})["msg"]
+    assert "remove it or give False" in first_error(text="a", store=True)["msg"]
+
+
+def test_a_field_with_another_name_on_the_wire_is_known_by_that():
+    assert Body.model_validate({"text": "a", "from": "b"}).source == "b"
+    assert Body.model_validate({"text": "a", "from": None}).source is None
+    assert first_error(text="a", source="b")["type"] == "unknown_field"
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        {"text": "a", "count": None, "user": {"any": 1}, "store": False, "top_k": -1, "audio": None, "from": None},
+        {"text": "a", "store": True},
+        {"text": "a", "top_k": 5},
+        {"text": "a", "audio": {}},
+        {"text": "a", "zzz": 1},
+        {"text": "a", "source": "b"},
+        {"text": "a", "count": "3"},
+        {"text": None},
+        {},
+    ],
+)
+def test_the_json_schema_accepts_what_the_model_accepts(body):
+    try:
+        accepted = bool(Body.model_validate(body))
+    except ValidationError:
+        accepted = False
+    assert jsonschema_rs.is_valid(Body.model_json_schema(), body) == accepted

@@ -31,7 +31,7 @@ def small_config(base: Path, folder: Path, **sections: dict[str, Any]) -> TrainC
         write_rows(rows)
     config: dict[str, dict[str, Any]] = {
         "model": {"id": str(base), "quantisation": "none", "dtype": "float32"},
-        "data": {"dataset": str(rows), "held_out": 4, "cutoff": 64},
+        "data": {"dataset": str(rows), "held_out": 4, "cutoff": 64, "leakage": "report"},
         "lora": {"rank": 4, "alpha": 8.0},
         "optim": {"learning_rate": 5e-3, "epochs": 2, "batch_size": 8, "micro_batch_tokens": 256},
         "run": {"name": "small", "log_every": 1, "save_every": 2, "eval_every": 3, "eval_rows": 4},

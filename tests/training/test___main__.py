@@ -44,6 +44,28 @@ def test_train_merge_check_and_nothing_twice(recipe: Path, capsys):
     assert "files match their hashes" in capsys.readouterr().out
 
 
+def test_merge_compares_when_asked_and_knows_what_it_did(recipe: Path, capsys):
+    main(["train", str(recipe), "--model.quantisation", "nf4", "--optim.max_steps", "3"])
+    adapter, merged = "runs/small/adapter", Path("runs/small/merged")
+
+    def merge(*words: str) -> str:
+        capsys.readouterr()
+        assert main(["merge", adapter, "--rows", "2", "--if-changed", *words]) == 0
+        return capsys.readouterr().out
+
+    assert "merged onto the plain base" in merge()
+    compared = merge("--compare")
+    assert "what was trained" in compared
+    assert "merged on the dequantised base" in compared
+    certificate = read_certificate(merged)
+    assert (certificate.onto, len(certificate.comparison)) == ("plain", 5)
+    for words in (["--compare"], ["--onto", "auto"], []):
+        assert "up to date" in merge(*words)
+    assert "merged onto the dequantised base" in merge("--onto", "dequantised")
+    assert read_certificate(merged).onto == "dequantised"
+    assert "NLL difference" in merge("--onto", "auto")
+
+
 def test_a_changed_recipe_trains_again(recipe: Path, capsys):
     main(["train", str(recipe), "--optim.max_steps", "2"])
     first = json.loads(Path("runs/small/adapter/manifest.json").read_text())

@@ -3,15 +3,29 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from training.artifact import read_certificate
+from training import merge as merging
+from training.artifact import (
+    ADAPTER_CONFIG,
+    ADAPTER_WEIGHTS,
+    fingerprint_base,
+    hash_files,
+    read_certificate,
+    read_manifest,
+    write_manifest,
+)
 from training.certificate import CertificateError, certify, read_held_out
+from training.deltas import Deltas, read_deltas
+from training.errors import TrainingError
+from training.ground import Onto
 from training.merge import merge
+from training.survival import BrokenMergeError
 
 CPU = torch.device("cpu")
 
@@ -36,6 +50,21 @@ def merged(tiny_base: Path, tiny_adapters: dict[str, Path], tmp_path: Path, held
     return tmp_path / "merged"
 
 
+def changed_adapter(adapter: Path, directory: Path, base: Path, config: dict[str, object], scale: float = 1.0) -> Path:
+    """Returns a copy with another adapter_config.json, and updates scaled by `scale`, that verifies for `base`."""
+    shutil.copytree(adapter, directory)
+    (directory / ADAPTER_CONFIG).write_text(
+        json.dumps(json.loads((directory / ADAPTER_CONFIG).read_text()) | config), encoding="utf-8"
+    )
+    tensors = load_file(directory / ADAPTER_WEIGHTS)
+    tensors = {name: tensor * scale if "lora_B" in name else tensor for name, tensor in tensors.items()}
+    save_file(tensors, directory / ADAPTER_WEIGHTS)
+    manifest = read_manifest(adapter)
+    section = manifest.base.model_copy(update={"fingerprint": fingerprint_base(base)})
+    write_manifest(directory, manifest.model_copy(update={"base": section, "files": hash_files(directory)}))
+    return directory
+
+
 def test_a_true_merge_passes_and_says_so_on_disk(tiny_base, tiny_adapters, merged, held_out):
     certificate = certify(tiny_adapters["starter"], tiny_base, merged, read_held_out(held_out, 4), CPU)
     assert certificate.passed
@@ -44,11 +73,32 @@ def test_a_true_merge_passes_and_says_so_on_disk(tiny_base, tiny_adapters, merge
     assert certificate.top1_agreement_base < 1.0
     assert certificate.top1_agreement == 1.0
     assert certificate.nll_nats_merged == pytest.approx(certificate.nll_nats_adapter, abs=1e-4)
+    assert certificate.survival.share == pytest.approx(1.0, abs=1e-4)
+    assert certificate.probes.error_nats < 1e-4 < certificate.probes.effect_nats
+    assert certificate.kl_nats_rounding is None
     assert read_certificate(merged) == certificate
 
 
+def test_a_merge_in_16_bits_is_held_to_the_rounding_measured_in_its_own_run(
+    tiny_base, tiny_adapters, held_out, tmp_path
+):
+    adapter = tiny_adapters["starter"]
+    found = merge(
+        adapter,
+        tiny_base,
+        tmp_path / "bf16",
+        torch.bfloat16,
+        lambda directory: certify(adapter, tiny_base, directory, read_held_out(held_out, 4), CPU),
+    )
+    assert found.passed, found.failures
+    assert found.dtype == "bfloat16"
+    assert 0 < found.kl_nats_rounding < found.kl_nats_base_mean
+    assert found.kl_nats_allowed == pytest.approx(3 * found.kl_nats_rounding)
+    assert found.probes is None  # recorded in fp32
+
+
 @pytest.mark.parametrize("fault", ["no update", "twice the update", "a transposed matrix", "a layer left out"])
-def test_planted_faults_fail(tiny_base, tiny_adapters, merged, held_out, fault):
+def test_planted_faults_are_refused_by_the_name_of_a_matrix(tiny_base, tiny_adapters, merged, held_out, fault):
     (shard,) = merged.glob("*.safetensors")
     right, base = load_file(shard), load_file(next(tiny_base.glob("*.safetensors")))
     if fault == "no update":
@@ -61,7 +111,86 @@ def test_planted_faults_fail(tiny_base, tiny_adapters, merged, held_out, fault):
     else:
         wrong = {name: base[name] if "layers.1" in name else right[name] for name in right}
     save_file(wrong, shard, metadata={"format": "pt"})
-    assert not certify(tiny_adapters["starter"], tiny_base, merged, read_held_out(held_out, 4), CPU).passed
+    with pytest.raises(BrokenMergeError, match=r"model\.layers\.\d\.\w+\.\w+\.weight: \d+ of \d+ numbers are not base"):
+        certify(tiny_adapters["starter"], tiny_base, merged, read_held_out(held_out, 4), CPU)
+
+
+def wrong_scale(factor: float):
+    def read(adapter: Path) -> Deltas:
+        found = read_deltas(adapter)
+        return Deltas(found.a_RI, found.b_OR, found.magnitude_O, found.scale * factor)
+
+    return read
+
+
+@pytest.mark.parametrize("factor", [0.5, 2.0])
+def test_a_wrong_formula_fails_against_peft(monkeypatch, tiny_base, tiny_adapters, held_out, tmp_path, factor):
+    """The merge and the check of its weights share this project's formula; the answers come from peft's."""
+    monkeypatch.setattr(merging, "read_deltas", wrong_scale(factor))
+    monkeypatch.setattr("training.certificate.read_deltas", wrong_scale(factor))
+    adapter = tiny_adapters["starter"]
+    found = merge(
+        adapter,
+        tiny_base,
+        tmp_path / "merged",
+        None,
+        lambda directory: certify(adapter, tiny_base, directory, read_held_out(held_out, 4), CPU),
+    )
+    assert any("KL" in reason and "is above 1.0e-05" in reason for reason in found.failures)
+    assert not (tmp_path / "merged").exists()
+
+
+@pytest.mark.parametrize("config", [{"lora_alpha": 16}, {"lora_alpha": 4}, {"use_rslora": True}])
+def test_an_adapter_of_another_scale_than_trained_fails_by_its_probes(
+    tiny_base, tiny_adapters, held_out, tmp_path, config
+):
+    adapter = changed_adapter(tiny_adapters["starter"], tmp_path / "adapter", tiny_base, config)
+    found = merge(
+        adapter,
+        tiny_base,
+        tmp_path / "merged",
+        None,
+        lambda directory: certify(adapter, tiny_base, directory, read_held_out(held_out, 4), CPU),
+    )
+    (reason,) = found.failures
+    assert "from its probes" in reason
+
+
+def test_an_update_that_bfloat16_erased_fails_by_its_survival(tiny_base, tiny_adapters, held_out, tmp_path):
+    base = shutil.copytree(tiny_base, tmp_path / "base")
+    (shard,) = base.glob("*.safetensors")
+    weights = {name: weight.bfloat16() for name, weight in load_file(shard).items()}
+    save_file(weights, shard, metadata={"format": "pt"})
+    adapter = changed_adapter(tiny_adapters["starter"], tmp_path / "adapter", base, {}, scale=1e-4)
+    found = merge(
+        adapter,
+        base,
+        tmp_path / "merged",
+        None,
+        lambda directory: certify(adapter, base, directory, read_held_out(held_out, 4), CPU),
+    )
+    assert any("left by rounding" in reason and "--dtype float16 or float32" in reason for reason in found.failures)
+    assert abs(found.survival.share - 1) > 0.1
+    assert f"{next(iter(found.survival.worst))} " in " ".join(found.failures)
+
+
+@pytest.mark.parametrize("trained_in", ["float32", "bfloat16"])
+def test_a_dequantised_merge_is_what_was_trained(tiny_base, tiny_adapters, held_out, tmp_path, trained_in):
+    adapter = shutil.copytree(tiny_adapters["starter"], tmp_path / "adapter")
+    changes = {"quantisation": "nf4-double", "compute_dtype": trained_in}
+    write_manifest(adapter, read_manifest(adapter).model_copy(update=changes))
+    chats = read_held_out(held_out, 4)
+
+    def measure(onto: Onto):
+        return lambda directory: certify(adapter, tiny_base, directory, chats, CPU, onto)
+
+    found = merge(adapter, tiny_base, tmp_path / "nf4", None, measure(Onto.DEQUANTISED), Onto.DEQUANTISED)
+    assert found.passed, found.failures
+    assert (found.onto, found.dtype) == ("dequantised", "float32")
+    assert found.kl_nats_mean < (1e-6 if trained_in == "float32" else 3 * found.kl_nats_rounding)
+    assert found.kl_nats_base_mean > 1e-6
+    with pytest.raises(TrainingError, match=r"numbers are not base \+ update"):
+        measure(Onto.PLAIN)(tmp_path / "nf4")
 
 
 @pytest.mark.parametrize(

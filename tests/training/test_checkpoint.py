@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import resource
 from dataclasses import replace
 
 import pytest
@@ -10,7 +11,8 @@ import torch
 from training import checkpoint
 from training.checkpoint import Checkpoint, CheckpointError
 
-INPUTS = {"recipe": "r", "data": "d", "base": "b"}
+RECIPE = "[lora]\nrank = 8\nalpha = 16.0\n"
+INPUTS = {"recipe": RECIPE, "data": "d", "base": "b"}
 
 
 def make(step: int) -> Checkpoint:
@@ -58,8 +60,10 @@ def test_an_unfinished_save_is_no_checkpoint_and_hinders_none(tmp_path):
 
 def test_other_inputs_are_refused_by_name(tmp_path):
     path = checkpoint.save(tmp_path, make(1), keep=1)
-    with pytest.raises(CheckpointError, match="another recipe, base"):
-        checkpoint.load(path, {**INPUTS, "recipe": "other", "base": "other"})
+    with pytest.raises(CheckpointError, match="another recipe") as refusal:
+        checkpoint.load(path, {**INPUTS, "recipe": RECIPE.replace("8", "4"), "base": "0123456789abcdef"})
+    assert "recipe (lora.rank = 8 then, 4 now), another base (b then, 0123456789ab now)" in str(refusal.value)
+    assert "--fresh" in str(refusal.value)
 
 
 def test_the_best_outlives_the_newest(tmp_path):
@@ -81,3 +85,57 @@ def test_a_best_checkpoint_that_is_torn_is_refused(tmp_path):
 def test_a_budget_that_memory_lowered_is_remembered(tmp_path):
     path = checkpoint.save(tmp_path, replace(make(1), micro_batch_tokens=77), keep=1)
     assert checkpoint.load(path, INPUTS).micro_batch_tokens == 77
+
+
+def test_a_changed_recipe_names_its_first_fields_and_counts_the_rest(tmp_path):
+    many = "[data]\n" + "".join(f"f{number} = {number}\n" for number in range(8))
+    path = checkpoint.save(tmp_path, replace(make(1), inputs={**INPUTS, "recipe": many}), keep=1)
+    with pytest.raises(CheckpointError, match=r"data\.f0 = 0 then, unset now; .*; and 5 more"):
+        checkpoint.load(path, INPUTS)
+
+
+def test_torn_ones_are_told_by_file_and_fault(tmp_path):
+    for step in (1, 2, 3):
+        checkpoint.save(tmp_path, make(step), keep=3)
+    (tmp_path / "step-000003" / "optimizer.pt").unlink()
+    (tmp_path / "step-000002" / "adapter.safetensors").write_bytes(b"torn")
+    told = checkpoint.torn(tmp_path)
+    assert [line.removeprefix(f"{tmp_path}/") for line in told] == [
+        "step-000003/optimizer.pt: missing",
+        "step-000002/adapter.safetensors: not as it was written (sha256 differs)",
+    ]
+    assert not checkpoint.is_empty(tmp_path)
+    assert checkpoint.torn(tmp_path / "none") == []
+
+
+def test_a_refused_write_drops_nothing_and_gives_back_its_space(tmp_path):
+    for step in (1, 2):
+        checkpoint.save(tmp_path, make(step), keep=2)
+    large = replace(make(3), weights={"w": torch.zeros(100_000)})
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, hard))
+    try:
+        with pytest.raises(OSError, match="File too large"):
+            checkpoint.save(tmp_path, large, keep=1)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["step-000001", "step-000002"]
+    assert checkpoint.newest(tmp_path).name == "step-000002"
+
+
+def test_what_a_killed_process_left_is_removed(tmp_path):
+    checkpoint.save(tmp_path, make(1), keep=1)
+    for name in (".step-000002.tmp", ".step-000001.old"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "optimizer.pt").write_bytes(b"half")
+    checkpoint.discard_unfinished(tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["step-000001"]
+    (tmp_path / "notes.txt").write_text("mine")
+    checkpoint.discard(tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["notes.txt"]
+
+
+def test_a_millionth_step_is_newer_than_the_one_before(tmp_path):
+    for step in (999_999, 1_000_000):
+        checkpoint.save(tmp_path, make(step), keep=1)
+    assert checkpoint.newest(tmp_path).name == "step-1000000"

@@ -72,6 +72,15 @@ def test_rows_before_the_first_that_tells_the_layout_are_checked_too(tmp_path: P
     assert len(dataset.conversations) == 1
 
 
+def test_rows_of_another_format_than_the_first_are_reported_not_guessed_one_by_one(tmp_path: Path):
+    chat = {"messages": [{"role": "user", "content": "x"}, {"role": "assistant", "content": "y"}]}
+    dataset = load_dataset(written(tmp_path, [GOOD, chat, {"text": "x"}, GOOD | {"extra": [1]}, {"prompt": "x"}]))
+    assert [row.line for row in dataset.conversations] == [1, 4]
+    assert [(p.line, p.field, p.reason) for p in dataset.problems] == [
+        (line, "instruction", "is missing") for line in (2, 3, 5)
+    ]
+
+
 def test_an_explicit_format_is_not_guessed(tmp_path: Path):
     row = {"messages": [{"role": "user", "content": "x"}, {"role": "assistant", "content": "y"}]} | GOOD
     assert load_dataset(written(tmp_path, [row])).conversations[0].prompt_text == "x"

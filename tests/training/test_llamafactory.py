@@ -137,6 +137,7 @@ def mapped(**changes: Any) -> tuple[TrainConfig, list[str]]:
         ({"lora_alpha": None, "lora_rank": 32}, "lora", "alpha", 64.0),
         ({"lora_target": "q_proj, v_proj"}, "lora", "target_modules", ("q_proj", "v_proj")),
         ({"use_rslora": True}, "lora", "rslora", True),
+        ({"use_dora": True}, "lora", "dora", True),
         ({"quantization_bit": None}, "model", "quantisation", "none"),
         ({"bf16": True, "fp16": False}, "model", "dtype", "bfloat16"),
         ({"learning_rate": "1e-4"}, "optim", "learning_rate", 1e-4),

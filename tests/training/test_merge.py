@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import shutil
 from pathlib import Path
@@ -12,11 +13,12 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
+from tests.tiny import make_certificate
 from training import merge as merging
 from training.artifact import (
     ADAPTER_WEIGHTS,
+    PROBES_NAME,
     ArtifactError,
-    MergeCertificate,
     fingerprint_base,
     hash_files,
     read_manifest,
@@ -25,32 +27,11 @@ from training.artifact import (
 from training.merge import MergeError
 
 
-def certificate(merged: Path, adapter: Path, kl_nats: float = 0.0) -> MergeCertificate:
-    """Stands in for the measurement, which has its own tests; writes the file that tells a merge from anything else."""
-    manifest = read_manifest(adapter)
-    found = MergeCertificate(
-        adapter_digest=manifest.digest,
-        base_fingerprint=manifest.base.fingerprint,
-        merged_fingerprint=fingerprint_base(merged),
-        chat=manifest.chat,
-        dtype="float32",
-        rows=1,
-        positions=1,
-        kl_nats_mean=kl_nats,
-        kl_nats_max=kl_nats,
-        kl_nats_allowed=0.1,
-        kl_nats_base_mean=1.0,
-        top1_agreement=1.0,
-        top1_agreement_base=0.5,
-        nll_nats_adapter=1.0,
-        nll_nats_merged=1.0,
-    )
-    (merged / "merge_certificate.json").write_text(found.model_dump_json())
-    return found
-
-
 def merge(adapter: Path, base: Path, out: Path, dtype: torch.dtype | None = None, kl_nats: float = 0.0):
-    return merging.merge(adapter, base, out, dtype, lambda merged: certificate(merged, adapter, kl_nats))
+    """Certifies without measuring, which has its own tests."""
+    return merging.merge(
+        adapter, base, out, dtype, lambda merged: make_certificate(merged, adapter, kl_nats_mean=kl_nats)
+    )
 
 
 def logits(model) -> torch.Tensor:
@@ -86,6 +67,46 @@ def test_shards_merge_to_the_same_weights(tiny_base, sharded_base, tiny_adapters
     models = [AutoModelForCausalLM.from_pretrained(tmp_path / name) for name in ("from-shards", "whole")]
     for left, right in zip(models[0].parameters(), models[1].parameters(), strict=True):
         assert torch.equal(left, right)
+
+
+def live_bytes() -> int:
+    """Returns the bytes of all tensors made since `gc.freeze`, each storage once."""
+    tensors = [found for found in gc.get_objects() if issubclass(type(found), torch.Tensor)]
+    return sum({tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes() for tensor in tensors}.values())
+
+
+def test_at_most_one_shard_is_in_memory(tiny_base, tiny_adapters, tmp_path, monkeypatch):
+    many = tmp_path / "many"
+    AutoModelForCausalLM.from_pretrained(tiny_base).save_pretrained(many, max_shard_size="60KB")
+    sizes = [path.stat().st_size for path in many.glob("*.safetensors")]
+    assert len(sizes) >= 8
+    adapter = shutil.copytree(tiny_adapters["starter"], tmp_path / "adapter")
+    manifest = read_manifest(adapter)
+    base = manifest.base.model_copy(update={"fingerprint": fingerprint_base(many)})
+    write_manifest(adapter, manifest.model_copy(update={"base": base}))
+    held = []
+
+    def counted(tensors, path, metadata):
+        held.append(live_bytes())
+        save_file(tensors, path, metadata=metadata)
+
+    monkeypatch.setattr(merging, "save_file", counted)
+    gc.freeze()
+    try:
+        merge(adapter, many, tmp_path / "merged")
+    finally:
+        gc.unfreeze()
+    assert len(held) == len(sizes)
+    deltas = sum(tensor.nbytes for tensor in load_file(adapter / ADAPTER_WEIGHTS).values())
+    assert max(sizes) / 2 < max(held) <= max(sizes) + deltas
+    assert max(held) < sum(sizes) / 2
+
+
+def test_a_merged_model_carries_nothing_that_makes_it_an_adapter(tiny_base, tiny_adapters, tmp_path):
+    merge(tiny_adapters["starter"], tiny_base, tmp_path / "merged")
+    names = {path.name for path in (tmp_path / "merged").iterdir()}
+    assert names.isdisjoint({PROBES_NAME, "adapter_config.json", ADAPTER_WEIGHTS, "manifest.json"})
+    assert {"tokenizer.json", "chat_template.jinja", "config.json"} <= names
 
 
 def test_a_given_dtype_is_written_and_stated(tiny_base, tiny_adapters, tmp_path):
@@ -133,9 +154,9 @@ def test_a_changed_adapter_is_refused(tiny_base, tiny_adapters, tmp_path):
     ("change", "message"),
     [
         (lambda t: {n.replace("layers.1", "layers.9"): v for n, v in t.items()}, "no weight for"),
-        (lambda t: {n: v for n, v in t.items() if "layers.0.self_attn.q_proj.lora_A" not in n}, "only one of"),
+        (lambda t: {n: v for n, v in t.items() if "layers.0.self_attn.q_proj.lora_A" not in n}, "lack one of"),
         (lambda t: {n: (v.repeat(2, 1) if "lora_B" in n else v) for n, v in t.items()}, "the adapter's update is"),
-        (lambda t: {**t, "base_model.model.lm_head.weight": torch.zeros(2, 2)}, "not a plain LoRA weight"),
+        (lambda t: {**t, "base_model.model.lm_head.weight": torch.zeros(2, 2)}, "not a weight of LoRA or DoRA"),
     ],
 )
 def test_weights_that_do_not_fit_are_named(tiny_base, tiny_adapters, tmp_path, change, message):

@@ -119,3 +119,11 @@ def test_short_prompts_that_share_a_phrase_are_no_duplicates():
 def test_a_higher_threshold_finds_no_more():
     train, held_out = [chat(1, "one two three four five six")], [chat(2, "one two three four five nine", "other")]
     assert [len(near_duplicates(train, held_out, limit)) for limit in (0.5, 0.75, 0.76)] == [1, 1, 0]
+
+
+def test_a_leak_is_exact_where_only_case_and_white_space_differ():
+    reply = "The moon is about 384,400 kilometers away, a little over a light second."
+    (near, exact) = near_duplicates(
+        [chat(1, "one", f"Well. {reply}"), chat(2, "two", f" {reply.upper()}\n")], [chat(3, "How far is it?", reply)]
+    )
+    assert (near.exact, exact.exact) == (False, True)

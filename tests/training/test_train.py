@@ -35,7 +35,7 @@ def test_a_run_leaves_a_verified_adapter_and_its_records(tiny_base: Path, tmp_pa
     assert len(names) == 2 * 7 * 2  # two layers of seven linear modules, A and B
     steps = [line["step"] for line in read_log(tmp_path / "run" / "train_log.jsonl") if "nll_nats" in line]
     assert steps == [1, 2, 3, 4, 5, 6]
-    for name in ("recipe.toml", "held_out.jsonl", "loss.png"):
+    for name in ("recipe.toml", "held_out.jsonl", "loss.png", "data_report.json", "data_report.md"):
         assert (tmp_path / "run" / name).stat().st_size > 0
 
 
@@ -84,7 +84,7 @@ def test_an_unfinished_run_is_neither_lost_nor_mixed(tiny_base: Path, tmp_path: 
         train(config, out, tmp_path)
     with pytest.raises(CheckpointError, match="--resume, or discard it with --fresh"):
         train(config, out, tmp_path)
-    with pytest.raises(CheckpointError, match="another recipe"):
+    with pytest.raises(CheckpointError, match=r"another recipe .lora.alpha = 8.0 then, 4.0 now"):
         train(small_config(tiny_base, tmp_path, lora={"alpha": 4.0}), out, tmp_path, Start.RESUME)
     assert (out / "checkpoints" / "step-000002").is_dir()
     write_rows(tmp_path / "rows.jsonl", 25)

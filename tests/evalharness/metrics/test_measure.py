@@ -1,6 +1,9 @@
 from __future__ import annotations
 
+import math
+
 import numpy as np
+import pytest
 
 from evalharness.metrics import measure
 from evalharness.metrics.measure import Completion, Nll, measures
@@ -63,3 +66,19 @@ def test_every_signature_names_its_implementation_and_version():
     assert found["rouge_l"].startswith("rouge_score:0.")
     assert "stemmer:no" in found["rouge_l"]
     assert all("version:" in found[name] for name in ("bleu", "bleu_zh", "chrf"))
+
+
+def test_llama_factorys_measures_come_last_and_only_when_asked_for():
+    found = [m.name for m in measures(completions(ENGLISH), [], lf=True)]
+    assert found[:-5] == [m.name for m in measures(completions(ENGLISH), [])]
+    assert found[-5:] == ["lf_bleu_4", "lf_rouge_1", "lf_rouge_2", "lf_rouge_l", "lf_perplexity_row_mean"]
+
+
+def test_llama_factorys_perplexity_is_the_mean_of_rows_not_the_corpus_one():
+    nlls = [Nll("s0", "base", 0.0, 4), Nll("s1", "base", 2 * math.log(9), 2), Nll("s2", "other", 9999.0, 1)]
+    found = {m.name: m for m in measures([], nlls, lf=True)}
+    rows = np.array(list(found["lf_perplexity_row_mean"].statistics["base"].values()))
+    assert found["lf_perplexity_row_mean"].aggregate(rows.sum(axis=0, keepdims=True))[0] == pytest.approx((1 + 9) / 2)
+    rows = np.array(list(found["perplexity"].statistics["base"].values()))
+    assert found["perplexity"].aggregate(rows.sum(axis=0, keepdims=True))[0] == pytest.approx(9 ** (2 / 6))
+    assert found["lf_perplexity_row_mean"].statistics["other"]["s2"] == [math.exp(300), 1.0]

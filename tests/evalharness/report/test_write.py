@@ -9,6 +9,7 @@ import pytest
 
 from evalharness.comparison import compare
 from evalharness.records import open_run
+from evalharness.report.forest import forest
 from evalharness.report.write import html, markdown_report, write_report
 from tests.evalharness.endpoint import ChatServer, header, run_once, samples, serve
 
@@ -137,3 +138,19 @@ def test_one_arm_alone_is_reported_without_a_verdict(tmp_path):
     open_run(tmp_path, header("http://h", samples(2), ("base",)), (), samples(2))
     page = Page(html(compare(tmp_path, 100)))
     assert any("measured alone" in text for text in page.texts)
+
+
+def test_llama_factorys_metrics_stand_in_a_table_of_their_own_and_decide_nothing(finished_run):
+    plain, both = compare(finished_run, 100), compare(finished_run, 100, lf=True)
+    assert "LLaMA-Factory" not in html(plain) + markdown_report(plain)
+    title = "As LLaMA-Factory computes it; not comparable with the rest"
+    for text in (html(both), markdown_report(both)):
+        before, _, after = text.partition(title)
+        assert "BLEU-4 (LF)" not in before
+        assert "BLEU-4 (LF)" in after
+    assert Page(html(both)).open == []
+    assert both.own_metrics == plain.metrics
+    assert [row.label for row in forest(both, "starter").rows] == [row.label for row in forest(plain, "starter").rows]
+    found = {row.name: row.estimates["starter"].value for row in both.lf_metrics}
+    assert found["lf_bleu_4"] == pytest.approx(100)
+    assert found["lf_perplexity_row_mean"] > 1

@@ -12,17 +12,21 @@ from serving.chat_completions.service import chunks, plan_chat, reply
 from serving.engine.completion import Piece
 from serving.engine.engine import FinishReason, TokenLogprob
 from serving.engine.text import PlacedToken
-from serving.errors import ContextTooLong, ModelNotFound
-from serving.registry.catalog import load_catalog
+from serving.errors import ContextTooLong
+from serving.registry.boot import open_registry
 
 
 @pytest.fixture(scope="module")
 def catalog(tiny_base, tiny_adapters):
-    return load_catalog("base", tiny_base, adapters=tiny_adapters, merged={})
+    return open_registry("base", tiny_base, adapters=tiny_adapters)
 
 
 def request(**fields) -> ChatRequest:
     return ChatRequest.model_validate({"model": "base", "messages": [{"role": "user", "content": "hi"}], **fields})
+
+
+def plan_of(catalog, body, context_length=512):
+    return plan_chat(body, catalog.resolve(body.model), catalog.base, context_length)
 
 
 def token(token_id, offset, logprob=-0.5):
@@ -37,7 +41,7 @@ async def pieces():
 
 
 def run_both(catalog, **fields):
-    plan = plan_chat(request(n=2, **fields), catalog, 512)
+    plan = plan_of(catalog, request(n=2, **fields))
     vocabulary = catalog.base.vocabulary
 
     async def run():
@@ -83,24 +87,22 @@ def test_no_logprobs_are_null(catalog):
 
 
 def test_the_rest_of_the_context_is_the_default(catalog):
-    plan = plan_chat(request(), catalog, 512)
+    plan = plan_of(catalog, request())
     assert plan.choices[0].request.sampling.max_tokens == 512 - plan.prompt_tokens
     assert plan.choices[0].request.sampling.temperature == 1.0
     for field in ("max_tokens", "max_completion_tokens"):
-        assert plan_chat(request(**{field: 7}), catalog, 512).choices[0].request.sampling.max_tokens == 7
+        assert plan_of(catalog, request(**{field: 7})).choices[0].request.sampling.max_tokens == 7
 
 
 def test_the_plan_names_the_real_revision(catalog):
-    plan = plan_chat(request(model="starter"), catalog, 512)
+    plan = plan_of(catalog, request(model="starter"))
     starter = catalog.resolve("starter")
     assert plan.choices[0].request.variant == starter.variant
-    assert plan.identity.headers() == {"x-adapter-revision": starter.revision}
+    assert plan.identity.headers(None) == {"x-adapter-revision": starter.revision}
     assert plan.identity.fingerprint.endswith(starter.digest)
-    assert plan_chat(request(), catalog, 512).identity.headers() == {}
+    assert plan_of(catalog, request()).identity.headers(None) == {}
 
 
 def test_what_cannot_be_planned_is_refused(catalog):
-    with pytest.raises(ModelNotFound):
-        plan_chat(request(model="nope"), catalog, 512)
     with pytest.raises(ContextTooLong):
-        plan_chat(request(), catalog, 8)
+        plan_of(catalog, request(), 8)

@@ -12,17 +12,17 @@ from serving.completions.service import chunks, completion, encode_prompt, plan_
 from serving.engine.completion import complete_all
 from serving.engine.fake_engine import FakeEngine
 from serving.errors import BadRequest, ContextTooLong
-from serving.registry.catalog import load_catalog
+from serving.registry.boot import open_registry
 
 
 @pytest.fixture(scope="module")
 def catalog(tiny_base):
-    return load_catalog("base", tiny_base, adapters={}, merged={})
+    return open_registry("base", tiny_base)
 
 
 def plan_of(catalog, **fields):
     body = CompletionRequest.model_validate({"model": "base", "prompt": "the fox", "temperature": 0, **fields})
-    return plan_completion(body, catalog, 512)
+    return plan_completion(body, catalog.resolve("base"), catalog.base, 512)
 
 
 def run_both(catalog, **fields):

@@ -10,15 +10,22 @@ A Subject's prompt must be short, and its greedy completions long: at least 24 t
 from __future__ import annotations
 
 import asyncio
+import json
 import math
 from collections.abc import Awaitable, Callable
 from contextlib import aclosing
 from dataclasses import dataclass, replace
+from typing import Any
 
+import jsonschema_rs
 import pytest
+from transformers import AutoTokenizer
 
-from serving.engine.engine import Engine, FinishReason, GenerationRequest, Sampling, TokenLogprob, Variant
+from serving.engine.engine import Engine, FinishReason, GenerationRequest, Grammar, Sampling, TokenLogprob, Variant
+from serving.engine.vocabulary import read_vocabulary
 from serving.errors import EngineDead
+from tests.serving.engine.schemas import SCHEMAS
+from training.chat import end_of_turn_id
 
 TOKENS = 8
 
@@ -226,6 +233,15 @@ async def penalties_avoid_repetition(engine: Engine, subject: Subject) -> None:
     assert avoiding[0] == free[0], "the prompt is not penalised"
 
 
+async def a_bias_forces_and_forbids_tokens(engine: Engine, subject: Subject) -> None:
+    free = await gather(engine, ask(subject, logprobs=1))
+    forbidden = await gather(engine, ask(subject, logit_bias=((free.token_ids[0], -100.0),)))
+    assert forbidden.token_ids[0] != free.token_ids[0]
+    forced = await gather(engine, ask(subject, logprobs=1, logit_bias=((forbidden.token_ids[0], 100.0),)))
+    assert forced.token_ids == (forbidden.token_ids[0],) * TOKENS
+    assert forced.logprobs[0].top == free.logprobs[0].top, "log-probabilities are the model's own"
+
+
 async def leaving_frees_the_work(engine: Engine, subject: Subject) -> None:
     async with aclosing(engine.generate(ask(subject, max_tokens=engine.context_length // 2))) as deltas:
         await anext(deltas)
@@ -310,6 +326,57 @@ async def stopping_ends_requests_with_engine_dead(engine: Engine, subject: Subje
         await gather(engine, ask(subject))
 
 
+def constrained(subject: Subject, schema: object, seed: int, **fields) -> GenerationRequest:
+    stops = frozenset({end_of_turn_id(_tokenizer(subject))})
+    sampling = {"temperature": 1.0, "max_tokens": 200, "stop_token_ids": stops, "seed": seed, **fields}
+    return ask(subject, grammar=Grammar(json.dumps(schema)), **sampling)
+
+
+def _tokenizer(subject: Subject) -> Any:
+    return AutoTokenizer.from_pretrained(subject.base.path)
+
+
+async def a_grammar_holds_at_temperature_1(engine: Engine, subject: Subject) -> None:
+    vocabulary = read_vocabulary(_tokenizer(subject))
+    ended = 0
+    for name, schema in SCHEMAS.items():
+        outcomes = await asyncio.gather(*(gather(engine, constrained(subject, schema, seed)) for seed in range(3)))
+        for outcome in outcomes:
+            assert not vocabulary.controls & set(outcome.token_ids)
+            if outcome.finish_reason is FinishReason.STOP:
+                ended += 1
+                jsonschema_rs.validate(schema, json.loads(vocabulary.spell(outcome.token_ids)))
+            else:
+                assert len(outcome.token_ids) == 200, name
+    assert ended > 2 * len(SCHEMAS)
+
+
+async def a_grammar_cut_short_ends_with_length(engine: Engine, subject: Subject) -> None:
+    outcome = await gather(engine, constrained(subject, {"const": "a long text to cut"}, 0, max_tokens=3))
+    assert outcome.finish_reason is FinishReason.LENGTH
+    assert len(outcome.token_ids) == 3
+
+
+async def a_grammar_touches_its_own_row_only(engine: Engine, subject: Subject) -> None:
+    free = [ask(subject, variant, max_tokens=24, logprobs=2) for variant in (subject.base, *subject.adapters)]
+    held = [constrained(subject, schema, 1) for schema in SCHEMAS.values()]
+    alone = [await gather(engine, request) for request in (*free, *held)]
+    together = await asyncio.gather(*(gather(engine, request) for request in (*free, *held)))
+    assert [outcome.token_ids for outcome in together] == [outcome.token_ids for outcome in alone]
+
+
+async def logprobs_ignore_the_grammar(engine: Engine, subject: Subject) -> None:
+    drawn = await gather(engine, constrained(subject, SCHEMAS["flat"], 2, logprobs=2))
+    assert_same_scores(drawn, await gather(engine, scoring(subject, drawn.token_ids)), subject)
+
+
+GRAMMAR_CHECKS: tuple[Check, ...] = (  # for an engine that has Feature.GRAMMAR
+    a_grammar_holds_at_temperature_1,
+    a_grammar_cut_short_ends_with_length,
+    a_grammar_touches_its_own_row_only,
+    logprobs_ignore_the_grammar,
+)
+
 CHECKS: tuple[Check, ...] = (
     greedy_is_deterministic,
     max_tokens_is_exact,
@@ -324,6 +391,7 @@ CHECKS: tuple[Check, ...] = (
     a_seed_reproduces_in_company,
     a_tiny_nucleus_is_greedy,
     penalties_avoid_repetition,
+    a_bias_forces_and_forbids_tokens,
     leaving_frees_the_work,
     cancelling_frees_the_work,
     variants_in_one_batch_equal_each_alone,

@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM, Qwen2Config, Qwen2ForCausalLM
 from serving.engine.engine import GenerationRequest, Sampling, Variant, VariantKind
 from serving.engine.transformers_engine import TransformersEngine
 from serving.errors import AdapterRejected, BadRequest, ContextTooLong, EngineDead, ModelNotFound, ModelRejected
-from tests.serving.engine.contract import CHECKS, Subject, ask, gather, run_check, until
+from tests.serving.engine.contract import CHECKS, GRAMMAR_CHECKS, Subject, ask, constrained, gather, run_check, until
 
 PROMPT = tuple(range(40, 52))
 TOKENS = 20
@@ -80,7 +80,7 @@ def generate_with_transformers(base: Path, adapter: Path | None, prompt: tuple[i
     return tuple(output[0, len(prompt) :].tolist())
 
 
-@pytest.mark.parametrize("check", CHECKS, ids=lambda check: check.__name__)
+@pytest.mark.parametrize("check", CHECKS + GRAMMAR_CHECKS, ids=lambda check: check.__name__)
 def test_it_keeps_the_contract(check, variants):
     run_with(variants, check)
 
@@ -215,6 +215,37 @@ def test_what_would_fail_inside_a_step_is_refused_before(variants, fields, error
         assert len(whole.prompt_logprobs) == 512
 
     run_with(variants[:1], check)
+
+
+def test_a_grammar_that_cannot_be_followed_ends_its_own_request_only(variants):
+    async def check(engine, about):
+        beside = asyncio.create_task(gather(engine, ask(about, max_tokens=60)))
+        with pytest.raises(BadRequest, match="NoExtension"):
+            await gather(engine, constrained(about, {"$ref": "#"}, 0))
+        with pytest.raises(BadRequest, match="Unimplemented"):
+            await gather(engine, constrained(about, {"not": {}}, 0))
+        assert len((await beside).token_ids) == 60
+        await until(lambda: engine.stats().running + engine.stats().waiting == 0)
+
+    run_with(variants[:1], check)
+
+
+def test_a_preempted_row_goes_on_in_its_grammar(variants):
+    row = 512 * 2 * 2 * 2 * 16 * 4
+    schema = {"type": "array", "items": {"type": "integer"}, "minItems": 90, "maxItems": 90}
+
+    async def check(engine, about):
+        requests = [constrained(about, schema, seed, max_tokens=400) for seed in range(3)]
+        return [outcome.token_ids for outcome in await asyncio.gather(*(gather(engine, each) for each in requests))]
+
+    results = []
+
+    async def keep(engine, about):
+        results.append(await check(engine, about))
+
+    run_with(variants[:1], keep)
+    run_with(variants[:1], keep, cache_bytes=row)
+    assert results[0] == results[1]
 
 
 def test_a_variant_that_is_not_loaded_is_not_answered(variants):

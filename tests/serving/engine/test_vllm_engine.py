@@ -20,13 +20,24 @@ import pytest
 from serving.engine.engine import Engine, GenerationRequest, Sampling, Variant, VariantKind
 from serving.engine.transformers_engine import TransformersEngine
 from serving.engine.vllm_engine import ENVIRONMENT, VllmEngine
-from serving.errors import AdapterRejected, BadRequest, ContextTooLong, EngineDead, ModelNotFound, ModelRejected
+from serving.errors import (
+    AdapterRejected,
+    BadRequest,
+    ContextTooLong,
+    EngineDead,
+    ModelNotFound,
+    ModelRejected,
+    UnsupportedField,
+)
 from tests.serving.engine.contract import (
     CHECKS,
+    GRAMMAR_CHECKS,
     Outcome,
     Subject,
     ask,
+    constrained,
     gather,
+    logprobs_ignore_the_grammar,
     run_check,
     stopping_ends_requests_with_engine_dead,
     until,
@@ -111,7 +122,11 @@ def run_shared(shared: tuple[Runner, Engine], work: Awaitable[None]) -> None:
 @needs
 @pytest.mark.parametrize(
     "check",
-    [check for check in CHECKS if check is not stopping_ends_requests_with_engine_dead],
+    [
+        check
+        for check in CHECKS + GRAMMAR_CHECKS
+        if check not in (stopping_ends_requests_with_engine_dead, logprobs_ignore_the_grammar)
+    ],
     ids=lambda check: check.__name__,
 )
 def test_it_keeps_the_contract(check, shared, subject):
@@ -222,6 +237,16 @@ def test_what_vllm_cannot_run_is_refused_before(shared, subject, fields, error, 
     async def check() -> None:
         with pytest.raises(error, match=reason):
             await gather(shared[1], ask(subject, **fields))
+
+    run_shared(shared, check())
+
+
+@needs
+def test_logprobs_beside_a_grammar_are_refused_as_vllms_are_not_the_models_own(shared, subject):
+    async def check() -> None:
+        with pytest.raises(UnsupportedField, match="ask for one of the two") as caught:
+            await gather(shared[1], constrained(subject, {"const": 1}, 0, logprobs=0))
+        assert caught.value.param == "logprobs"
 
     run_shared(shared, check())
 

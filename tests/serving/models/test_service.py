@@ -1,16 +1,42 @@
-"""Every served model is listed with its revision."""
+"""Every served model that the key may use is listed, with its revision and labels."""
 
 from __future__ import annotations
 
+import asyncio
+
+from serving.auth import Caller
+from serving.engine.fake_engine import FakeEngine
 from serving.models.service import describe, list_models
-from serving.registry.catalog import load_catalog
+from serving.registry.boot import open_registry
 
 
-def test_the_list_has_every_model(tiny_base, tiny_adapters):
-    catalog = load_catalog("base", tiny_base, adapters=tiny_adapters, merged={})
-    listed = {model.id: model for model in list_models(catalog).data}
+def test_the_list_has_every_model_before_the_weights_are_loaded(tiny_base, tiny_adapters):
+    registry = open_registry("base", tiny_base, adapters=tiny_adapters)
+    listed = {model.id: model for model in list_models(registry, None).data}
     assert list(listed) == ["base", "starter", "other"]
-    assert (listed["base"].kind, listed["base"].parent) == ("base", None)
+    assert (listed["base"].kind, listed["base"].parent, listed["base"].labels) == ("base", None, {})
     assert (listed["starter"].kind, listed["starter"].parent) == ("adapter", "base")
     assert listed["starter"].revision.startswith("starter@")
-    assert describe(catalog.resolve("starter"), "starter@ab").id == "starter@ab"
+
+
+def test_a_model_has_the_labels_of_its_name(tiny_base, tiny_adapters):
+    async def run():
+        registry = open_registry("base", tiny_base, adapters=tiny_adapters)
+        engine = FakeEngine(context_length=512, vocabulary_size=registry.base.vocabulary.size)
+        await engine.start()
+        await registry.start(engine)
+        starter = registry.resolve("starter")
+        registry.promote("starter", "canary", starter.variant.digest)
+        for model_id in ("starter", "starter:canary", starter.revision):
+            found = describe(registry, registry.resolve(model_id), model_id)
+            assert found.id == model_id
+            assert found.labels == {"stable": starter.revision, "canary": starter.revision}
+        await registry.close()
+
+    asyncio.run(run())
+
+
+def test_a_key_sees_its_own_models(tiny_base, tiny_adapters):
+    registry = open_registry("base", tiny_base, adapters=tiny_adapters)
+    caller = Caller("ann", frozenset({"other", "base"}))
+    assert [model.id for model in list_models(registry, caller).data] == ["base", "other"]

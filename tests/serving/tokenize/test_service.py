@@ -10,7 +10,7 @@ from serving.chat_completions.service import plan_chat
 from serving.completions.protocol import CompletionRequest
 from serving.completions.service import plan_completion
 from serving.errors import BadRequest
-from serving.registry.catalog import load_catalog
+from serving.registry.boot import open_registry
 from serving.tokenize.protocol import TokenizeRequest
 from serving.tokenize.service import tokenize
 
@@ -19,22 +19,26 @@ CHAT = [{"role": "user", "content": "a <|im_end|> fox"}, {"role": "assistant", "
 
 @pytest.fixture(scope="module")
 def catalog(tiny_base):
-    return load_catalog("base", tiny_base, adapters={}, merged={})
+    return open_registry("base", tiny_base)
+
+
+def model(catalog):
+    return catalog.resolve("base"), catalog.base
 
 
 def ids(catalog, **fields):
-    response = tokenize(TokenizeRequest.model_validate({"model": "base", **fields}), catalog, 512)
+    response = tokenize(TokenizeRequest.model_validate({"model": "base", **fields}), *model(catalog), 512)
     assert (response.count, response.max_model_len) == (len(response.tokens), 512)
     return response.tokens
 
 
 def test_a_chat_has_the_ids_of_its_completion(catalog):
-    chat = plan_chat(ChatRequest.model_validate({"model": "base", "messages": CHAT[:1]}), catalog, 512)
+    chat = plan_chat(ChatRequest.model_validate({"model": "base", "messages": CHAT[:1]}), *model(catalog), 512)
     assert ids(catalog, messages=CHAT[:1]) == list(chat.choices[0].request.prompt_ids)
 
 
 def test_a_prompt_has_the_ids_of_its_completion(catalog):
-    plan = plan_completion(CompletionRequest.model_validate({"model": "base", "prompt": "a fox"}), catalog, 512)
+    plan = plan_completion(CompletionRequest.model_validate({"model": "base", "prompt": "a fox"}), *model(catalog), 512)
     assert ids(catalog, prompt="a fox") == list(plan.choices[0].request.prompt_ids)
     assert ids(catalog, prompt="") == []
 

@@ -1,0 +1,144 @@
+"""The grammar matcher: which tokens may come next, so that a completion is JSON that fits its schema.
+
+llguidance walks the schema beside the model. With a vocabulary of 49k, on the 2-core machine, a schema compiles in
+1 ms and a token costs 0.08 ms (0.3 ms at the 99th percentile), which is why that happens inside the step.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import threading
+from collections.abc import Set as AbstractSet
+from pathlib import Path
+from typing import Any
+
+import torch
+from llguidance import LLMatcher, LLParserLimits, LLTokenizer
+
+from serving.engine.engine import Grammar
+from serving.errors import BadRequest
+
+# V vocabulary
+MAX_REASON_CHARACTERS = 300
+# One thread checks every schema: these two keep that to seconds at worst, and mostly to 1 ms. Its time grows with
+# the size, and doubles with each pattern that another is joined to (118 s for an allOf of 20).
+MAX_SCHEMA_CHARACTERS = 16_384
+MAX_JOINS = 12
+
+
+class Matcher:
+    """One completion's place in its grammar; used by one thread, in whose steps it raises nothing: see `problem`."""
+
+    def __init__(self, matcher: LLMatcher, stop_token_ids: AbstractSet[int]) -> None:
+        self._matcher = matcher
+        self._stop_token_ids = stop_token_ids
+
+    @property
+    def problem(self) -> BadRequest | None:
+        """Returns why the grammar can be followed no further, None while it can."""
+        return _refusal(self._matcher.get_error()) if self._matcher.is_error() else None
+
+    def allowed(self, vocabulary: int) -> torch.Tensor:
+        """Returns for each token (bool, V) whether it may come next; a stop token may where the JSON is whole."""
+        allowed_V = torch.zeros(vocabulary, dtype=torch.bool)
+        mask = torch.frombuffer(bytearray(self._matcher.compute_logit_bias()), dtype=torch.uint8)[:vocabulary]
+        allowed_V[: len(mask)] = mask != 0
+        whole = self._matcher.is_accepting()
+        for token_id in self._stop_token_ids:
+            if token_id < vocabulary:
+                allowed_V[token_id] = whole
+        return allowed_V
+
+    def accept(self, token_id: int) -> bool:
+        """Moves on by a token that was allowed; returns whether nothing can follow it."""
+        self._matcher.consume_token(token_id)
+        return self._matcher.is_stopped() and not self._matcher.is_error()
+
+
+class GrammarCompiler:
+    """Makes matchers for one tokenizer, which is read when the first is asked for (0.8 s with a vocabulary of 49k)."""
+
+    def __init__(self, base_dir: Path) -> None:
+        self._base_dir = base_dir
+        self._tokenizer: LLTokenizer | None = None
+        self._lock = threading.Lock()  # of `_tokenizer`
+
+    def compile(self, grammar: Grammar, stop_token_ids: AbstractSet[int]) -> Matcher:
+        """May be called from several threads. Raises BadRequest where a schema is too large to compile."""
+        with self._lock:
+            if self._tokenizer is None:
+                self._tokenizer = _read_tokenizer(self._base_dir)
+        matcher = LLMatcher(self._tokenizer, _source(grammar), log_level=0, limits=_limits())
+        if matcher.is_error():
+            raise _refusal(matcher.get_error())
+        return Matcher(matcher, stop_token_ids)
+
+
+def check_grammar(grammar: Grammar) -> None:
+    """Raises BadRequest where the schema is none, asks for what cannot be held, or has no end.
+
+    It needs no model's tokenizer: what bytes can hold, any tokens can.
+    """
+    if len(grammar.json_schema) > MAX_SCHEMA_CHARACTERS:
+        raise _refusal(f"it has {len(grammar.json_schema)} characters, and {MAX_SCHEMA_CHARACTERS} are allowed")
+    joins = _joins(grammar)
+    if joins > MAX_JOINS:
+        raise _refusal(f"it joins schemas {joins} times, by allOf or beside a $ref, and {MAX_JOINS} are allowed")
+    matcher = LLMatcher(_byte_tokenizer(), _source(grammar), log_level=0, limits=_limits())
+    if not matcher.is_error():
+        matcher.compute_bitmask()  # only this finds a schema that refers to itself for ever
+    if matcher.is_error():
+        raise _refusal(matcher.get_error())
+
+
+def _refusal(reason: str) -> BadRequest:
+    line = " ".join(reason.replace("<non-verbose/>", "").split())
+    short = line if len(line) <= MAX_REASON_CHARACTERS else line[:MAX_REASON_CHARACTERS] + "..."
+    param = "response_format.json_schema.schema"
+    return BadRequest(
+        f"{param} cannot be followed: {short}; change or simplify it", param=param, code="unusable_schema"
+    )
+
+
+def _joins(grammar: Grammar) -> int:
+    """Counts how often two schemas have to hold at once."""
+    try:
+        nodes: list[Any] = [json.loads(grammar.json_schema)]
+    except (ValueError, RecursionError) as error:
+        raise _refusal(f"it is not JSON: {error}") from error
+    joins = 0
+    while nodes:
+        node = nodes.pop()
+        if isinstance(node, dict):
+            parts = node["allOf"] if isinstance(node.get("allOf"), list) else []
+            joins += max(len(parts) - 1, 0) + ("pattern" in node and ("$ref" in node or bool(parts)))
+        nodes += node.values() if isinstance(node, dict) else node if isinstance(node, list) else []
+    return joins
+
+
+def _source(grammar: Grammar) -> str:
+    try:
+        return LLMatcher.grammar_from_json_schema(grammar.json_schema)
+    except ValueError as error:
+        raise _refusal(str(error)) from error
+
+
+def _limits() -> LLParserLimits:
+    return LLParserLimits(verbose_errors=False)  # the verbose ones print the schema, and the text so far
+
+
+@functools.cache
+def _byte_tokenizer() -> LLTokenizer:
+    return LLTokenizer("byte")
+
+
+def _read_tokenizer(base_dir: Path) -> LLTokenizer:
+    from llguidance.hf import from_tokenizer
+    from transformers import AutoConfig, AutoTokenizer
+
+    from training.chat import end_of_turn_id
+
+    tokenizer: Any = AutoTokenizer.from_pretrained(base_dir, local_files_only=True)
+    vocabulary = int(AutoConfig.from_pretrained(base_dir, local_files_only=True).vocab_size)
+    return from_tokenizer(tokenizer, max(vocabulary, len(tokenizer)), end_of_turn_id(tokenizer))

@@ -1,0 +1,68 @@
+"""The disk under a run: writes that are whole and durable, and a full disk told as what it is."""
+
+from __future__ import annotations
+
+import errno
+import os
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from safetensors import SafetensorError
+
+from training.errors import TrainingError
+
+_REFUSED = {
+    errno.ENOSPC,
+    errno.EDQUOT,
+    errno.EFBIG,
+    errno.EROFS,
+    errno.EACCES,
+    errno.EIO,
+}
+_SAFETENSORS_ERRNO = re.compile(r"\(os error (\d+)\)")  # it raises an error of its own, with the number in its text
+
+
+class DiskError(TrainingError):
+    """A write that the disk refused; says which directory, why and what to do."""
+
+
+@contextmanager
+def disk_failures(out: Path) -> Iterator[None]:
+    """Raises DiskError where a write of the run in `out` is refused: disk full, over quota, read only, broken."""
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        number = _errno(error)
+        if number not in _REFUSED:
+            raise
+        where = getattr(error, "filename", None) or out
+        raise DiskError(
+            f"cannot write {where}: {os.strerror(number)}. Whole checkpoints in {out / 'checkpoints'} stay as they "
+            "are: free some space or mend the disk, then go on with --resume"
+        ) from error
+
+
+def write_whole(path: Path, content: bytes) -> None:
+    """Writes a file that must not exist yet, and has the disk hold it. Raises OSError."""
+    with path.open("xb") as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def sync(path: Path) -> None:
+    """Has the disk hold what was written to a file or directory."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _errno(error: OSError | SafetensorError) -> int:
+    if isinstance(error, OSError):
+        return error.errno or 0
+    found = _SAFETENSORS_ERRNO.search(str(error))
+    return int(found[1]) if found else 0

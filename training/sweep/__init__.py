@@ -1,0 +1,1 @@
+"""The sweep: one recipe trained at every combination of some fields' values."""
