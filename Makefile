@@ -18,6 +18,7 @@ HOST ?= 127.0.0.1
 PORT ?= 8000
 URL := http://$(HOST):$(PORT)
 ENGINE ?= auto
+KEYS ?=
 USERS ?= 8
 SECONDS_EACH ?= 20
 
@@ -99,7 +100,8 @@ deploy: $(SETUP) $(if $(filter vllm,$(ENGINE)),$(SETUP_VLLM)) ## serve base, ada
 	    merged=()
 	fi
 	PYTHON=$$python deploy/up.sh --base "$$($(PY) -m training base $(RUN)/adapter)" --adapter $(NAME)=$(RUN)/adapter \
-	    "$${merged[@]}" --host $(HOST) --port $(PORT) --engine $(ENGINE)
+	    "$${merged[@]}" --host $(HOST) --port $(PORT) --engine $(ENGINE) --state $(RUN)/registry --adapter-root runs \
+	    $(if $(KEYS),--keys $(KEYS))
 
 eval: $(SETUP) ## measure base against adapter over HTTP; needs a deployed server
 	digest=$$($(PY) -m training check $(RUN)/adapter --digest); revision=$${digest:0:12}
@@ -126,7 +128,8 @@ test: lint types ## lint, types and all tests
 
 test-vllm: $(SETUP) $(SETUP_VLLM) ## the engine contract and more on the real vLLM, in its own environment
 	$(PY) -m training base smollm2-starter >/dev/null  # converted once, for the comparison on a real model
-	$(VENV_VLLM)/bin/python -m pytest tests/serving/engine/test_vllm_engine.py
+	$(VENV_VLLM)/bin/python -m pytest -W "default:Unclosed context:ResourceWarning" \
+	    tests/serving/engine/test_vllm_engine.py tests/integration/test_vllm_server.py
 
 test-fast: $(SETUP_DEV) ## the tests that take seconds
 	$(PY) -m pytest -m "not slow"

@@ -17,6 +17,7 @@ from pathlib import Path
 TIMEOUT_S = 5.0
 ROOT = Path(__file__).resolve().parent.parent
 SHARED_SOURCES = ("training/artifact.py", "training/chat.py")  # what serving imports of training
+CHANGING = ("--state", "--adapter-root")
 UNAUTHORISED = 401
 LISTEN = "0A"  # the state's code in /proc/net/tcp
 NO_PROXY = urllib.request.build_opener(urllib.request.ProxyHandler({}))  # the server is on this machine
@@ -74,10 +75,13 @@ def is_ready(url: str) -> tuple[int, str]:
 
 
 def digest(*arguments: str) -> tuple[int, str]:
-    """Names a server's inputs: its arguments, the files of the directories among them, and its own source."""
+    """Names a server's inputs: its arguments, the files of the directories among them, and its own source.
+
+    What lies in CHANGING directories changes while the server runs, by its own doing or for it to be told of.
+    """
     state = hashlib.sha256(json.dumps([sys.executable, arguments]).encode())
-    for argument in arguments:
-        directory = argument.rpartition("=")[2]
+    for flag, argument in zip(("", *arguments), arguments):  # noqa: B905 - the last flag has no argument after it
+        directory = "" if flag in CHANGING else argument.rpartition("=")[2]
         files = sorted(Path(directory).rglob("*")) if directory and Path(directory).is_dir() else []
         for path in (path for path in files if path.is_file()):
             status = path.stat()  # size and time: reading gigabytes of weights would take as long as starting

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import signal
+import socket
 import sys
 from collections.abc import Sequence
 from contextlib import suppress
@@ -73,17 +74,15 @@ def serve(config: ServeConfig) -> int:
     server = uvicorn.Server(
         uvicorn.Config(
             app,
-            host=config.host,
-            port=config.port,
             log_config=None,
             access_log=False,  # the app writes its own
             timeout_graceful_shutdown=config.drain_s,
         )
     )
     models = ", ".join(model.revision for model in registry.served())
-    print(f"serving {models} on http://{config.host}:{config.port}", flush=True)
-    with suppress(KeyboardInterrupt), traced(app, config.otlp_endpoint):
-        server.run()
+    with _listen(config) as listener, suppress(KeyboardInterrupt), traced(app, config.otlp_endpoint):
+        print(f"serving {models} on http://{config.host}:{listener.getsockname()[1]}", flush=True)
+        server.run(sockets=[listener])
     if failures:
         print(f"python -m serving: the engine did not start: {failures[0]}", file=sys.stderr)
         return EXIT_USAGE
@@ -91,6 +90,18 @@ def serve(config: ServeConfig) -> int:
         print("python -m serving: the engine failed; start the server again", file=sys.stderr)
         return EXIT_ENGINE_DIED
     return 0
+
+
+def _listen(config: ServeConfig) -> socket.socket:
+    """Raises ConfigError where the address cannot be had."""
+    family = socket.AF_INET6 if ":" in config.host else socket.AF_INET
+    try:
+        return socket.create_server((config.host, config.port), family=family)
+    except OSError as error:
+        raise ConfigError(
+            f"--host {config.host} --port {config.port}: cannot listen there ({error.strerror}); stop what does, or "
+            "give another"
+        ) from error
 
 
 def _open_registry(config: ServeConfig) -> Registry:
@@ -154,6 +165,7 @@ def _make_fake_engine(config: ServeConfig, base: LoadedBase, context_length: int
         vocabulary_size=base.vocabulary.size,
         max_batch=config.max_batch,
         token_delay_s=FAKE_TOKEN_DELAY_S,
+        control_ids=base.vocabulary.controls,
         end_of_turn_id=end_of_turn_id(base.tokenizer),
     )
 

@@ -67,14 +67,18 @@ class FairQueue:
     def capacity(self) -> int:
         return self._rows + self._room
 
-    @contextmanager
-    def places(self, revision: str, caller: str, count: int) -> Iterator[Sequence[Place]]:
-        """Gives `count` places for as long as the block lasts. Raises Overloaded where they do not all fit."""
+    def check(self, count: int) -> None:
+        """Raises Overloaded where `count` more completions do not all fit."""
         if self._waiting + max(0, count - self._free) > self._room:
             raise Overloaded(
                 f"{self._waiting} completions wait and the queue holds {self._room}; try again later",
                 retry_after_s=self._retry_s(),
             )
+
+    @contextmanager
+    def places(self, revision: str, caller: str, count: int) -> Iterator[Sequence[Place]]:
+        """Gives `count` places for as long as the block lasts. Raises Overloaded where they do not all fit."""
+        self.check(count)
         now_s = self._clock()
         places = [Place(self, revision, caller, now_s) for _ in range(count)]
         for place in places:

@@ -15,7 +15,7 @@ from serving.engine.completion import Choice, Piece, complete_all
 from serving.engine.engine import Delta, Engine, GenerationRequest
 from serving.engine.host import EngineHost
 from serving.engine.vocabulary import Vocabulary
-from serving.errors import BadRequest
+from serving.errors import BadRequest, Overloaded
 from serving.fair_queue import FairQueue, Place
 from serving.limits import Limiter, Spending
 from serving.metrics import Metrics, Stopwatch
@@ -23,6 +23,7 @@ from serving.middleware import RequestFacts
 from serving.registry.catalog import ServedModel
 
 T = TypeVar("T")
+MAX_PLANS = 256  # at once: they wait for one thread, first in, first out, before they wait for a row
 
 
 class Generation:
@@ -38,10 +39,20 @@ class Generation:
         self._limiter = limiter
         # Exactly one thread: encoding sets options on the tokenizer, which all requests share.
         self._planner = ThreadPoolExecutor(1, thread_name_prefix="planner")
+        self._planning = 0
 
     async def plan(self, make: Callable[[], T]) -> T:
-        """Returns `make()`, which renders or encodes; it runs beside the event loop, one request's after another's."""
-        return await asyncio.get_running_loop().run_in_executor(self._planner, make)
+        """Returns `make()`, which renders or encodes; it runs beside the event loop, one request's after another's.
+
+        Raises Overloaded where MAX_PLANS wait already.
+        """
+        if self._planning >= MAX_PLANS:
+            raise Overloaded(f"{self._planning} requests wait to be planned, the most that may; try again later")
+        self._planning += 1
+        try:
+            return await asyncio.get_running_loop().run_in_executor(self._planner, make)
+        finally:
+            self._planning -= 1
 
     def close(self) -> None:
         """Ends the planner's thread after what it does now."""
@@ -84,6 +95,10 @@ class Generation:
                     yield piece
         facts.total_s = watch.end()
 
+    def refuse_when_full(self) -> None:
+        """Raises Overloaded where nothing more fits, before time is spent on a plan."""
+        self._queue.check(1)
+
     def refuse_too_many(self, count: int) -> None:
         """Raises BadRequest for more completions than could ever be admitted at once."""
         if count > self._queue.capacity:
@@ -92,10 +107,6 @@ class Generation:
                 "fewer prompts or a smaller n",
                 code="too_many_completions",
             )
-
-    def stream_failed(self, code: str, facts: RequestFacts) -> None:
-        facts.stream_error = code
-        self._metrics.stream_errors.labels(facts.model, facts.arm, code).inc()
 
 
 class _Queued:

@@ -50,6 +50,9 @@ class RequestFacts:
         """Returns how long the answer may take from now; None: as long as it needs."""
         return None if self.timeout_s is None else self.arrived_s + self.timeout_s - time.perf_counter()
 
+    def note_stream_error(self, error: GraftError) -> None:
+        self.stream_error = error.code
+
     def server_timing(self) -> str:
         """Returns what is known now, as the Server-Timing header writes it; a stream's total is not, at its status."""
         known = {"queue": self.queue_s, "ttft": self.ttft_s, "total": self.total_s}
@@ -107,6 +110,8 @@ class RequestRecorder:
         route = getattr(scope.get("route"), "path", "unmatched")
         status = "cancelled" if facts.status is None else str(facts.status)
         self._metrics.requests.labels(route, facts.model, facts.arm, status).inc()
+        if facts.stream_error is not None:
+            self._metrics.stream_errors.labels(facts.model, facts.arm, facts.stream_error).inc()
         line: dict[str, Any] = {
             "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
             "event": "request",

@@ -59,6 +59,7 @@ class Responder:
         facts.model, facts.arm, facts.revision = lease.model.name, lease.arm or "", lease.model.revision
         with ExitStack() as held:
             held.callback(lease.release)
+            self.generation.refuse_when_full()
             plan = partial(self._plan, resource, body, engine.context_length)
             planned = await unless_gone(request.receive, _plan_when_ready(lease, plan, facts))
             pieces = self.generation.run(lease.model, planned.choices, planned.prompt_tokens, facts)
@@ -69,7 +70,7 @@ class Responder:
                 whole = await unless_gone(request.receive, resource.fold(planned, pieces, vocabulary))
                 return Response(whole.model_dump_json(), 200, headers, "application/json")
             texts = resource.chunks(planned, pieces, vocabulary)
-            stream = _leased(events(texts, lambda error: self.generation.stream_failed(error.code, facts)), lease)
+            stream = _leased(events(texts, facts.note_stream_error), lease)
             first = await unless_gone(request.receive, anext(stream))
             held.pop_all()  # the stream has begun, so its end releases
             return EventStream(first, stream, headers)

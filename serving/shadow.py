@@ -28,7 +28,7 @@ MAX_SHADOWS = 4  # that run at once
 
 class ShadowOutcome(enum.Enum):
     RECORDED = "recorded"
-    BUSY = "busy"  # no free rows, or MAX_SHADOWS run: dropped before it began
+    BUSY = "busy"  # no free rows, no free place for its weights, or MAX_SHADOWS run: dropped before it began
     PREEMPTED = "preempted"  # left in the middle, since a request waited for a row
     UNANSWERED = "unanswered"  # the answer itself failed, or its client left before its end
     FAILED = "failed"  # the shadow revision is gone, refused the request or broke
@@ -52,7 +52,7 @@ class Shadows:
     """Runs shadows where rows are free; they count for no key's limits, and leave their rows to who waits for one.
 
     A shadow begins when the answer has ended whole, so its client may leave then; it is dropped, and counted, where
-    the server is busy.
+    the server is busy. It evicts no weights: a revision that always has to be there is pinned.
     """
 
     def __init__(
@@ -121,6 +121,8 @@ class Shadows:
             return ShadowOutcome.BUSY
         lease = self._registry.lease(job.shadow)
         try:
+            if not self._registry.residency.has_place(lease.model.variant.digest):
+                return ShadowOutcome.BUSY
             await lease.ready()
             plan = await job.plan(lease.model)
             if not self._has_room(engine, rows):  # any more

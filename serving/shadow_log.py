@@ -99,8 +99,9 @@ class ShadowLog:
                 logger.warning("the shadow log of %s has a line that is no record, and it is left out", name)
 
     def _paths(self, name: str) -> tuple[Path, Path]:
-        stem = name.replace("/", "~")  # no model name has a "~", and none begins with a dot
-        return self._directory / f"{stem}.jsonl", self._directory / f"{stem}.1.jsonl"
+        """No model name has a "~" or begins with a dot; only a current file ends in .jsonl, however a name ends."""
+        current = f"{name.replace('/', '~')}.jsonl"
+        return self._directory / current, self._directory / f"{current}.1"
 
 
 def common_prefix(first: Sequence[int], second: Sequence[int]) -> int:

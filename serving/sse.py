@@ -19,8 +19,13 @@ DONE = b"data: [DONE]\n\n"
 SLOW_READER_S = 30.0
 
 
+# They stand in JSON's strings as they are, and some clients, httpx's lines among them, would cut an event there.
+_LINE_ENDS = str.maketrans({character: f"\\u{ord(character):04x}" for character in "\x85\u2028\u2029"})
+
+
 def encode(text: str) -> bytes:
-    return b"data: " + text.encode() + b"\n\n"
+    """Returns the event of a JSON text."""
+    return b"data: " + (text if text.isascii() else text.translate(_LINE_ENDS)).encode() + b"\n\n"
 
 
 async def events(

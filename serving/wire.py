@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from typing import Annotated, Any, ClassVar
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, GetJsonSchemaHandler, model_validator
+from pydantic.fields import FieldInfo
 from pydantic_core import PydanticCustomError
 
 
@@ -19,6 +20,7 @@ def whole_text(text: str) -> str:
     return text
 
 
+MAX_NAME_CHARACTERS = 100  # of an unknown field: more is neither compared nor repeated
 Text = Annotated[str, AfterValidator(whole_text)]
 Harmless = Mapping[str, tuple[object, ...] | None]
 
@@ -38,11 +40,11 @@ class Wire(BaseModel):
     def _known_fields(cls, data: Any) -> Any:
         if not isinstance(data, dict):
             return data
-        return {name: value for name, value in data.items() if cls._keeps(name, value)}
+        fields = {field.alias or own: field for own, field in cls.model_fields.items()}
+        return {name: value for name, value in data.items() if cls._keeps(name, value, fields)}
 
     @classmethod
-    def _keeps(cls, name: str, value: object) -> bool:
-        fields = {field.alias or own: field for own, field in cls.model_fields.items()}
+    def _keeps(cls, name: str, value: object, fields: Mapping[str, FieldInfo]) -> bool:
         if name in fields:
             return value is not None or fields[name].is_required()
         if name not in cls.harmless:
@@ -75,7 +77,8 @@ def _same(value: object, other: object) -> bool:
 
 
 def _unknown(name: str, known: list[str]) -> PydanticCustomError:
-    name = name.encode("utf-8", "backslashreplace").decode()  # JSON can name half a surrogate pair, pydantic cannot
+    # JSON can name half a surrogate pair, pydantic cannot.
+    name = name[:MAX_NAME_CHARACTERS].encode("utf-8", "backslashreplace").decode()
     close = difflib.get_close_matches(name, known, n=1)
     hint = f"did you mean {close[0]}?" if close else "remove it"
     return PydanticCustomError("unknown_field", "is no field of this request; {hint}", {"field": name, "hint": hint})

@@ -14,6 +14,8 @@ from training.config import RECIPES, load_recipe
 ROOT = Path(__file__).resolve().parent.parent
 DOCUMENTS = [ROOT / "README.md", ROOT / "CHANGELOG.md", ROOT / "benchmarks/RESULTS.md", ROOT / "deploy/README.md"]
 MODULES = ("training", "serving", "evalharness")
+OURS = (*MODULES, "benchmarks")
+WITH_COMMANDS = ("training", "evalharness", "serving.keys")
 
 
 def commands() -> list[tuple[str, str]]:
@@ -49,9 +51,9 @@ def flags_named() -> list[tuple[str, str, str]]:
     found = []
     for _, line in commands():
         match = re.search(r"python -m (\w+(?:\.\w+)?)\s*(.*)", line)
-        if match:
+        if match and match[1].partition(".")[0] in OURS:
             words = match[2].split()
-            command = words[0] if words and match[1] in ("training", "evalharness") else ""
+            command = words[0] if words and match[1] in WITH_COMMANDS else ""
             found += [(match[1], command, word.split("=")[0]) for word in words if word.startswith("--")]
     return [(module, command, flag) for module, command, flag in found if "." not in flag]  # recipe fields
 

@@ -51,6 +51,7 @@ TEMPLATE = (
     "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
 )
 TINY_CONTEXT = 512  # tokens
+READY_S = 300.0  # vLLM takes 45 s to start, more beside other work
 # Of `make_fake_app`; all others are the engine's.
 REGISTRY_OPTIONS = {"state": "state_dir", "adapter_roots": "adapter_roots", "max_adapters": "max_adapters"}
 APP_OPTIONS = (
@@ -223,6 +224,7 @@ def make_fake_app(base_dir: Path, adapters: dict[str, Path], **engine_options: A
         "context_length": TINY_CONTEXT,
         "vocabulary_size": registry.base.vocabulary.size,
         "end_of_turn_id": end_of_turn_id(registry.base.tokenizer),
+        "control_ids": registry.base.vocabulary.controls,
         **engine_options,
     }
     engine = FakeEngine(**options)
@@ -240,7 +242,8 @@ def running_server(app: Any, *, wait_ready: bool = True) -> Iterator[str]:
         wait_until(lambda: server.started or not thread.is_alive())
         url = f"http://127.0.0.1:{server.servers[0].sockets[0].getsockname()[1]}"
         if wait_ready:
-            wait_until(lambda: httpx.get(f"{url}/readyz").status_code == 200)
+            with httpx.Client(base_url=url) as client:
+                wait_until(lambda: client.get("/readyz").status_code == 200, timeout_s=READY_S)
         yield url
     finally:
         server.should_exit = True

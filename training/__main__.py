@@ -9,14 +9,8 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from training.artifact import (
-    MANIFEST_NAME,
-    ArtifactError,
-    fingerprint_base,
-    read_certificate,
-    read_manifest,
-    verify_adapter,
-)
+from training import merge_command as merge
+from training.artifact import MANIFEST_NAME, ArtifactError, fingerprint_base, read_manifest, verify_adapter
 from training.config import ConfigError, TrainConfig, cache_dir, load_recipe
 from training.data_gate import command as data
 from training.errors import TrainingError
@@ -76,7 +70,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_plan(commands.add_parser("plan", help="predict a run's memory, tokens and hours"))
     data.add_parser(commands.add_parser("data", help="examine a recipe's rows and write the data report"), _RECIPE_HELP)
     sweep.add_parser(commands.add_parser("sweep", help="train every combination of fields' values"), _RECIPE_HELP)
-    _add_merge(commands.add_parser("merge", help="merge an adapter into its base and certify the result"))
+    merge.add_parser(commands.add_parser("merge", help="merge an adapter into its base and certify the result"))
     check = commands.add_parser("check", help="verify an adapter directory, file by file")
     check.add_argument("directory", type=Path)
     check.add_argument("--base", type=Path, help="also compare with this base model directory")
@@ -122,31 +116,6 @@ def _add_plan(parser: argparse.ArgumentParser) -> None:
     rate.add_argument("--probe", type=int, default=0, metavar="STEPS", help="make this many steps and correct the plan")
     rate.add_argument("--tokens-per-s", type=float, metavar="RATE", help="a rate known from elsewhere")
     parser.set_defaults(run=_plan)
-
-
-def _add_merge(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("adapter", type=Path, help="adapter directory")
-    parser.add_argument("--base", type=Path, help="the base's directory (default: as the adapter's recipe names it)")
-    parser.add_argument("--out", type=Path, help="directory of the merged model (default: beside the adapter)")
-    parser.add_argument(
-        "--dtype", choices=["float32", "float16", "bfloat16"], help="of the result (default: the base's)"
-    )
-    parser.add_argument("--held-out", type=Path, help="rows to certify on (default: held_out.jsonl beside the adapter)")
-    parser.add_argument("--rows", type=int, default=8, help="rows to certify on (default %(default)s)")
-    parser.add_argument(
-        "--onto",
-        choices=["plain", "dequantised", "auto"],
-        default="plain",
-        help="the base weights as stored, or as NF4 left them in training; auto: compare, and keep the merge with the "
-        "lowest held-out NLL of those that pass (default %(default)s)",
-    )
-    parser.add_argument(
-        "--compare", action="store_true", help="measure both merges and both unmerged forms against what was trained"
-    )
-    parser.add_argument(
-        "--if-changed", action="store_true", help="do nothing where this adapter is merged there already"
-    )
-    parser.set_defaults(run=_merge)
 
 
 def _train(arguments: argparse.Namespace, overrides: Sequence[str]) -> int:
@@ -218,51 +187,6 @@ def _plan(arguments: argparse.Namespace, overrides: Sequence[str]) -> int:
     return 0
 
 
-def _merge(arguments: argparse.Namespace, _: Sequence[str]) -> int:
-    out = arguments.out or arguments.adapter.with_name("merged")
-    manifest = read_manifest(arguments.adapter)
-    compared = arguments.compare or arguments.onto == "auto"
-    if arguments.if_changed and _is_merged(manifest.digest, out, arguments.dtype, arguments.onto, compared=compared):
-        print(f"{out} is up to date")
-        return 0
-    from training.certify_merge import certified_merge, summary
-
-    base = arguments.base or _base_of(manifest.recipe)
-    held_out = arguments.held_out or arguments.adapter.with_name("held_out.jsonl")
-    certificate = certified_merge(
-        arguments.adapter,
-        base,
-        out,
-        dtype=arguments.dtype,
-        held_out=held_out,
-        rows=arguments.rows,
-        onto=arguments.onto,
-        compare=arguments.compare,
-    )
-    print(summary(arguments.adapter, out, certificate))
-    return 0 if certificate.passed else 1
-
-
-def _is_merged(digest: str, out: Path, dtype: str | None = None, onto: str = "auto", *, compared: bool = False) -> bool:
-    """Whether `out` is a whole merge of that adapter, with a certificate that passed."""
-    certificate = read_certificate(out)
-    return (
-        certificate is not None
-        and certificate.passed
-        and certificate.adapter_digest == digest
-        and dtype in (None, certificate.dtype)
-        and onto in ("auto", certificate.onto)
-        and (bool(certificate.comparison) or not compared)
-        and certificate.merged_fingerprint == fingerprint_base(out)
-    )
-
-
-def _base_of(recipe: dict[str, object]) -> Path:
-    from training.base import resolve_base
-
-    return resolve_base(TrainConfig.model_validate(recipe, strict=False).model, cache_dir()).directory
-
-
 def _check(arguments: argparse.Namespace, _: Sequence[str]) -> int:
     manifest = verify_adapter(arguments.directory)
     if arguments.digest:
@@ -273,7 +197,7 @@ def _check(arguments: argparse.Namespace, _: Sequence[str]) -> int:
     if arguments.base and (found := fingerprint_base(arguments.base)) != manifest.base.fingerprint:
         print(f"{arguments.base}: fingerprint {found[:12]}: not the base it was trained on", file=sys.stderr)
         return 1
-    if arguments.merged and not _is_merged(manifest.digest, arguments.merged):
+    if arguments.merged and not merge.is_merged(manifest.digest, arguments.merged):
         print(f"{arguments.merged}: no certified merge of this adapter", file=sys.stderr)
         return 1
     return 0
@@ -283,7 +207,7 @@ def _base(arguments: argparse.Namespace, _: Sequence[str]) -> int:
     from training.base import resolve_base
 
     if (Path(arguments.recipe) / MANIFEST_NAME).is_file():
-        print(_base_of(read_manifest(Path(arguments.recipe)).recipe))
+        print(merge.base_of(read_manifest(Path(arguments.recipe)).recipe))
     else:
         print(resolve_base(load_recipe(arguments.recipe).model, cache_dir()).directory)
     return 0

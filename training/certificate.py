@@ -17,14 +17,14 @@ from training.artifact import (
     read_manifest,
     read_probes,
 )
-from training.chat import Message, TrainExample, render_example, with_default_system
+from training.chat import Message, TrainExample, Turns, render_example, with_default_system
 from training.deltas import Deltas, read_deltas
 from training.distance import Distance, distances
 from training.errors import TrainingError
 from training.ground import Onto, ground_of
 from training.model import load_tokenizer
 from training.probes import probe_compute, probe_error
-from training.proof import ProbeError
+from training.proof import DeltaSurvival, ProbeError
 from training.reading import Reading, head_of, load_adapted, load_merged, read, round_anew
 from training.survival import measure_survival
 
@@ -49,18 +49,22 @@ def certify(
     held_out: Sequence[Chat],
     device: torch.device,
     onto: Onto = Onto.PLAIN,
+    *,
+    survival: DeltaSurvival | None = None,
+    dtype_reason: str | None = None,
 ) -> MergeCertificate:
     """Measures a merged model against base + adapter as peft computes it, and writes the certificate into `merged_dir`.
 
     First the weights, one matrix at a time; then the answers, one model in memory at a time, in the merged dtype: a 7B
     model in 16 bits needs 15 GiB, and 2 GiB for the head in fp32. The KL allowed in 16 bits is measured in the same
-    run, by rounding the merged weights anew. Raises BrokenMergeError where the weights are not base + update.
+    run, by rounding the merged weights anew. Raises BrokenMergeError where the weights are not base + update; those of
+    whom `survival` is given are known to be.
 
     Numbers of random weights mean little: their answers hang on the last bit, and no adapter has taught them anything.
     """
     manifest = read_manifest(adapter_dir)
     deltas = read_deltas(adapter_dir)
-    survival = measure_survival(deltas, ground_of(base_dir, manifest, onto), merged_dir)
+    survival = survival or measure_survival(deltas, ground_of(base_dir, manifest, onto), merged_dir)
     examples = render_held_out(merged_dir, held_out, manifest)
     merged, dtype, rounding = _read_merged(merged_dir, examples, deltas, _trained_arithmetic(manifest, onto), device)
     reference = load_adapted(adapter_dir, base_dir, manifest, onto, dtype, device)
@@ -76,21 +80,28 @@ def certify(
         dtype=str(dtype).removeprefix("torch."),
         rows=len(examples),
         positions=len(merged.targets_N),
-        kl_nats_mean=merged_far.kl_mean,
-        kl_nats_max=merged_far.kl_max,
-        kl_nats_base_mean=base_far.kl_mean,
-        top1_agreement=merged_far.top1_agreement,
-        top1_agreement_base=base_far.top1_agreement,
-        nll_nats_adapter=merged_far.nll_reference_N.mean().item(),
-        nll_nats_merged=merged_far.nll_variant_N.mean().item(),
+        **_answers(merged_far, base_far),
         kl_nats_allowed=_allowed(rounding, base_far),
         onto=onto.value,
         kl_nats_rounding=rounding,
         survival=survival,
+        dtype_reason=dtype_reason,
         probes=probes,
     )
     write_certificate(merged_dir, certificate)
     return certificate
+
+
+def _answers(merged: Distance, base: Distance) -> dict[str, Any]:
+    return {
+        "kl_nats_mean": merged.kl_mean,
+        "kl_nats_max": merged.kl_max,
+        "kl_nats_base_mean": base.kl_mean,
+        "top1_agreement": merged.top1_agreement,
+        "top1_agreement_base": base.top1_agreement,
+        "nll_nats_adapter": merged.nll_reference_N.mean().item(),
+        "nll_nats_merged": merged.nll_variant_N.mean().item(),
+    }
 
 
 def write_certificate(merged_dir: Path, certificate: MergeCertificate) -> None:
@@ -119,9 +130,10 @@ def _chat(path: Path, number: int, line: str) -> Chat:
 
 
 def render_held_out(directory: Path, chats: Sequence[Chat], manifest: AdapterManifest) -> list[TrainExample]:
-    """Renders chats with a directory's tokenizer as a server of that adapter does."""
+    """Renders chats with a directory's tokenizer as a server of that adapter does; labels the replies it was taught."""
     tokenizer, system = load_tokenizer(directory), manifest.chat.added_system_prompt
-    return [render_example(tokenizer, with_default_system(chat, system)) for chat in chats]
+    turns: Turns = manifest.recipe.get("data", {}).get("turns", "all")
+    return [render_example(tokenizer, with_default_system(chat, system), turns=turns) for chat in chats]
 
 
 def _trained_arithmetic(manifest: AdapterManifest, onto: Onto) -> torch.dtype | None:

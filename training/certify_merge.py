@@ -1,4 +1,4 @@
-"""The command `merge`: merges one way or the better of two, certifies, and says what was found."""
+"""The certified merge: one way or the better of two, in a dtype that keeps the update, and what was found in words."""
 
 from __future__ import annotations
 
@@ -10,9 +10,13 @@ import torch
 from training.artifact import MergeCertificate, read_manifest
 from training.certificate import certify, read_held_out
 from training.comparison import TRAINED, compare_variants, merge_compared
-from training.ground import Onto, trained_on_nf4
-from training.merge import merge
-from training.proof import VariantDistance
+from training.deltas import read_deltas
+from training.ground import Onto, ground_of, read_weight, shard_of, trained_on_nf4
+from training.merge import merge, write_merged
+from training.proof import DeltaSurvival, VariantDistance
+from training.survival import measure_survival
+
+_FLOAT16_MOST = torch.finfo(torch.float16).max
 
 
 def certified_merge(
@@ -20,7 +24,7 @@ def certified_merge(
     base_dir: Path,
     out: Path,
     *,
-    dtype: str | None,
+    dtype: str,
     held_out: Path,
     rows: int,
     onto: str,
@@ -28,17 +32,30 @@ def certified_merge(
 ) -> MergeCertificate:
     """Merges and certifies on the first `rows` of `held_out`, on the GPU where there is one.
 
-    `onto` auto compares and keeps the better; an adapter that was trained on plain weights has one way only.
+    `onto` auto compares and keeps the better; an adapter that was trained on plain weights has one way only. `dtype`
+    auto is the base's own, or float16 where bfloat16 erases the update and float16 can hold the weights.
     """
-    chats = read_held_out(held_out, rows)
+    chats, manifest = read_held_out(held_out, rows), read_manifest(adapter_dir)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    written: torch.dtype | None = getattr(torch, dtype) if dtype else None
+    written: torch.dtype | None = None if dtype == "auto" else getattr(torch, dtype)
     only = None if onto == "auto" else Onto(onto)
-    if only is None and not trained_on_nf4(read_manifest(adapter_dir)):
+    if only is None and not trained_on_nf4(manifest):
         only = Onto.PLAIN
 
+    def survival_of(merged: Path, way: Onto) -> DeltaSurvival:
+        return measure_survival(read_deltas(adapter_dir), ground_of(base_dir, manifest, way), merged)
+
     def measure(merged: Path, way: Onto) -> MergeCertificate:
-        return certify(adapter_dir, base_dir, merged, chats, device, way)
+        survival, reason = survival_of(merged, way), None
+        if written is None and not survival.kept and (largest := _largest_bfloat16(merged)) is not None:
+            reason = f"bfloat16, the base's own, leaves {survival.share:.3f} of the update"
+            if largest <= _FLOAT16_MOST:
+                write_merged(adapter_dir, base_dir, merged, torch.float16, way)
+                survival = survival_of(merged, way)
+                reason += f", float16 {survival.share:.3f}"
+            else:
+                reason += f"; float16 ends at {_FLOAT16_MOST:g} and a weight is {largest:g}"
+        return certify(adapter_dir, base_dir, merged, chats, device, way, survival=survival, dtype_reason=reason)
 
     def measure_all(merged: Mapping[Onto, Path]) -> tuple[VariantDistance, ...]:
         return compare_variants(adapter_dir, base_dir, merged, chats, device)
@@ -46,6 +63,13 @@ def certified_merge(
     if only is None or compare:
         return merge_compared(adapter_dir, base_dir, out, written, measure, measure_all, only)
     return merge(adapter_dir, base_dir, out, written, lambda merged: measure(merged, only), only)
+
+
+def _largest_bfloat16(merged: Path) -> float | None:
+    """Returns the largest absolute number of a model that has bfloat16 weights, else None."""
+    weights = (read_weight(path, name) for name, path in shard_of(merged).items())
+    found = [(weight.dtype, float(weight.abs().max())) for weight in weights if weight.is_floating_point()]
+    return max(size for _, size in found) if any(dtype == torch.bfloat16 for dtype, _ in found) else None
 
 
 def summary(adapter_dir: Path, out: Path, certificate: MergeCertificate) -> str:
@@ -63,6 +87,7 @@ def summary(adapter_dir: Path, out: Path, certificate: MergeCertificate) -> str:
     return "\n".join(
         [
             *([_HEAD, *lines] if lines else []),
+            *([f"written in {certificate.dtype}: {certificate.dtype_reason}"] if certificate.dtype_reason else []),
             f"{adapter_dir} merged onto the {certificate.onto} base: on {certificate.positions} tokens of "
             f"{certificate.rows} held-out rows it stands KL {certificate.kl_nats_mean:.1e} nats from base + adapter "
             f"(allowed {certificate.kl_nats_allowed:.1e}; the base alone stands {certificate.kl_nats_base_mean:.1e}), "

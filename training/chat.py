@@ -4,28 +4,22 @@ from __future__ import annotations
 
 import hashlib
 from bisect import bisect_right
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, Protocol, cast
+from typing import Literal
 
-from training.errors import TrainingError
+from training.template import Message as Message  # noqa: PLC0414 - all these are part of what this file gives
+from training.template import Reader, reader_of, template_text
+from training.template import Role as Role  # noqa: PLC0414
+from training.template import TemplateError as TemplateError  # noqa: PLC0414
+from training.template import Tokenizer as Tokenizer  # noqa: PLC0414
+from training.template import control_tokens as control_tokens  # noqa: PLC0414
 
-Role = Literal["system", "user", "assistant"]
 Turns = Literal["all", "last"]  # of a chat, whose replies are trained
 IGNORED_LABEL = -100  # torch's cross-entropy skips this label
 
 # LLaMA-Factory's `qwen` template adds Qwen2.5's system prompt, whatever the model's own template says.
 QWEN_SYSTEM_PROMPT = "You are Qwen, created by Alibaba Cloud. You are a helpful assistant."
-
-
-class TemplateError(TrainingError):
-    """A chat that the model's template cannot render, or a template that training cannot use."""
-
-
-@dataclass(frozen=True, slots=True)
-class Message:
-    role: Role
-    content: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,28 +36,15 @@ class TrainExample:
         return sum(label != IGNORED_LABEL for label in self.labels[1:])
 
 
-class Tokenizer(Protocol):
-    """What is needed of a Hugging Face tokenizer."""
-
-    chat_template: Any
-    added_tokens_decoder: Mapping[int, Any]
-
-    def apply_chat_template(self, conversation: Any, **kwargs: Any) -> Any: ...
-
-    def encode(self, text: str, **kwargs: Any) -> list[int]: ...
-
-    def decode(self, token_ids: Any, **kwargs: Any) -> Any: ...
-
-
 def template_hash(tokenizer: Tokenizer) -> str:
     """Returns the sha256 of the template's text; equal hashes render equal prompts."""
-    return hashlib.sha256(_template_text(tokenizer).encode()).hexdigest()
+    return hashlib.sha256(template_text(tokenizer).encode()).hexdigest()
 
 
 def default_system_prompt(tokenizer: Tokenizer) -> str | None:
     """Returns the system text that the template adds when a chat has none, or None."""
     probe = "graft-probe"
-    reader = _reader(tokenizer)
+    reader = reader_of(tokenizer)
     alone = reader.render([Message("user", probe)], generation_prompt=False)
     chat = [Message("system", "S" + probe), Message("user", probe)]
     try:
@@ -87,13 +68,13 @@ def render_prompt(tokenizer: Tokenizer, messages: Sequence[Message]) -> tuple[in
 
     Raises TemplateError where the template refuses the chat.
     """
-    reader = _reader(tokenizer)
+    reader = reader_of(tokenizer)
     return reader.ids(reader.escape_all(messages), generation_prompt=True)
 
 
 def render_chat(tokenizer: Tokenizer, messages: Sequence[Message]) -> tuple[int, ...]:
     """Returns the ids of a finished chat, without a generation prompt. Raises TemplateError as `render_prompt` does."""
-    reader = _reader(tokenizer)
+    reader = reader_of(tokenizer)
     return reader.ids(reader.escape_all(messages), generation_prompt=False)
 
 
@@ -113,7 +94,7 @@ def render_example(
     end of a shortened reply is not labelled, since no one wrote it. Raises TemplateError where the chat has no reply,
     where no content is left to cut, and for templates whose prompt is not a prefix of the finished chat.
     """
-    reader, kept, lost, cut = _reader(tokenizer), list(messages), 0, set[int]()
+    reader, kept, lost, cut = reader_of(tokenizer), list(messages), 0, set[int]()
     example = _label(reader, kept, cut, label_turn_tail, turns)
     while cutoff is not None and len(example.input_ids) > cutoff:
         index = _longest(reader, kept)
@@ -127,11 +108,6 @@ def render_example(
     return TrainExample(example.input_ids, example.labels, lost)
 
 
-def control_tokens(tokenizer: Tokenizer) -> dict[str, int]:
-    """Returns the tokenizer's special tokens, text to id."""
-    return {str(token.content): index for index, token in tokenizer.added_tokens_decoder.items() if token.special}
-
-
 def with_default_system(messages: Sequence[Message], system: str | None) -> tuple[Message, ...]:
     """Returns the chat with `system` in front where it has no system message."""
     if system is None or (messages and messages[0].role == "system"):
@@ -139,7 +115,7 @@ def with_default_system(messages: Sequence[Message], system: str | None) -> tupl
     return (Message("system", system), *messages)
 
 
-def _label(reader: _Reader, messages: Sequence[Message], cut: set[int], tail: bool, turns: Turns) -> TrainExample:
+def _label(reader: Reader, messages: Sequence[Message], cut: set[int], tail: bool, turns: Turns) -> TrainExample:
     chat = reader.escape_all(messages)
     ids = reader.ids(chat, generation_prompt=False)
     labels = [IGNORED_LABEL] * len(ids)
@@ -156,7 +132,7 @@ def _label(reader: _Reader, messages: Sequence[Message], cut: set[int], tail: bo
     return TrainExample(ids, tuple(labels))
 
 
-def _reply_span(reader: _Reader, chat: Sequence[Message], index: int, ids: tuple[int, ...]) -> tuple[int, int, int]:
+def _reply_span(reader: Reader, chat: Sequence[Message], index: int, ids: tuple[int, ...]) -> tuple[int, int, int]:
     """Returns where the reply's text begins, and where its end-of-turn token and its whole turn end, in positions."""
     prompt = reader.ids(chat[:index], generation_prompt=True)
     turn = ids if index == len(chat) - 1 else reader.ids(chat[: index + 1], generation_prompt=False)
@@ -176,11 +152,11 @@ def _reply_span(reader: _Reader, chat: Sequence[Message], index: int, ids: tuple
     return len(prompt), end, len(turn)
 
 
-def _longest(reader: _Reader, messages: Sequence[Message]) -> int:
+def _longest(reader: Reader, messages: Sequence[Message]) -> int:
     return max(range(len(messages)), key=lambda at: len(reader.encode(reader.escape(messages[at].content))))
 
 
-def _shorten(reader: _Reader, messages: list[Message], index: int, excess: int) -> int:
+def _shorten(reader: Reader, messages: list[Message], index: int, excess: int) -> int:
     """Cuts about `excess` tokens off the end of one message's content, in place; returns the tokens it lost."""
     message = messages[index]
 
@@ -192,109 +168,3 @@ def _shorten(reader: _Reader, messages: list[Message], index: int, excess: int) 
     length = bisect_right(range(1, len(message.content) + 1), max(whole - excess, 0), key=size)
     messages[index] = Message(message.role, message.content[:length])
     return whole - size(length)
-
-
-# Text is cut at this character when it is encoded. It is put inside a control token's text in a content, so that only
-# the template's own control tokens remain. It is a Unicode noncharacter: no text may carry it.
-_MARK = "\ufdd0"
-_NEAR = 8  # characters of a reply that can change how its header is split
-
-
-@dataclass(frozen=True, slots=True)
-class _Reader:
-    """A tokenizer, and what one call reads of it once: each reading has the tokenizer build its control tokens anew.
-
-    A chat is escaped once and then rendered as often as it takes.
-    """
-
-    tokenizer: Tokenizer
-    controls: Mapping[str, int]  # text to id
-    anchor: str  # the text of a control token that leaves white space after it alone, "" where there is none
-
-    def escape_all(self, messages: Sequence[Message]) -> list[Message]:
-        return [Message(message.role, self.escape(message.content)) for message in messages]
-
-    def escape(self, content: str) -> str:
-        content = content.replace(_MARK, "")
-        for text in self.controls:
-            if text in content and len(text) == 1:
-                raise TemplateError(
-                    f"a message contains {text!r}, which this tokenizer has as a control token; remove it"
-                )
-            while text in content:  # again where a token's text overlaps itself
-                content = content.replace(text, text[0] + _MARK + text[1:])
-        return content
-
-    def render(self, chat: Sequence[Message], *, generation_prompt: bool) -> str:
-        """Returns the template's text; the contents of `chat` are escaped already."""
-        dicts = [{"role": message.role, "content": message.content} for message in chat]
-        try:
-            text = self.tokenizer.apply_chat_template(dicts, tokenize=False, add_generation_prompt=generation_prompt)
-        except Exception as error:  # templates raise what they like, jinja2's errors among them
-            raise TemplateError(f"the chat template refused the messages: {error}") from error
-        return cast(str, text)
-
-    def ids(self, chat: Sequence[Message], *, generation_prompt: bool) -> tuple[int, ...]:
-        """Renders and encodes; cuts where a reply would share a token with the header before it."""
-        text = self.render(chat, generation_prompt=generation_prompt)
-        pieces, end = list[str](), len(text)
-        for prompt in self._prompts(chat):
-            start = len(prompt)
-            near = text[start : min(start + _NEAR, end)]
-            if start <= end and text.startswith(prompt) and self._must_cut(prompt, near):
-                pieces.append(text[start:end])
-                end = start
-        return self.encode(_MARK.join([text[:end], *reversed(pieces)]))
-
-    def encode(self, text: str) -> tuple[int, ...]:
-        """Encodes as the tokenizer itself does, but for the cuts at marks."""
-        first, *rest = text.split(_MARK)
-        ids = self.tokenizer.encode(first, add_special_tokens=False, split_special_tokens=False)
-        for piece in rest:
-            # Behind a control token, which is dropped again, no tokenizer takes a piece for the beginning of a text.
-            behind = self.tokenizer.encode(self.anchor + piece, add_special_tokens=False, split_special_tokens=False)
-            ids += behind[1:] if self.anchor else behind
-        return tuple(ids)
-
-    def _prompts(self, chat: Sequence[Message]) -> Iterator[str]:
-        """Yields the text before each reply, the last reply's first, where a prompt can end there."""
-        for index in range(len(chat) - 1, -1, -1):
-            if chat[index].role == "assistant":
-                try:
-                    prompt = self.render(chat[:index], generation_prompt=True)
-                except TemplateError:  # such as before a chat's first message
-                    continue
-                yield prompt
-
-    def _must_cut(self, prompt: str, reply: str) -> bool:
-        """Returns whether a reply and the header before it would share a token (ChatML's newline and the reply's own).
-
-        No prompt ends inside a token, so there the ids are those of the prompt and then those of the reply.
-        """
-        near = reply.partition(_MARK)[0]
-        if near[:1].isspace():
-            return True
-        start = 0
-        for text in self.controls:
-            start = max(start, prompt.rfind(text, start))
-        header = prompt[start:]
-        ids = self.encode(header)
-        return self.encode(header + near)[: len(ids)] != ids
-
-
-def _reader(tokenizer: Tokenizer) -> _Reader:
-    _template_text(tokenizer)
-    tokens = tokenizer.added_tokens_decoder.values()
-    anchor = next((str(token.content) for token in tokens if token.special and not token.rstrip), "")
-    return _Reader(tokenizer, control_tokens(tokenizer), anchor)
-
-
-def _template_text(tokenizer: Tokenizer) -> str:
-    template = tokenizer.chat_template
-    if isinstance(template, dict):  # several named templates: Hugging Face applies the one named default
-        template = template.get("default")
-    if not isinstance(template, str) or not template.strip():
-        raise TemplateError(
-            "the tokenizer has no chat template; choose an instruct model, or add chat_template.jinja beside it"
-        )
-    return template

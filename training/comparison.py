@@ -96,11 +96,12 @@ def compare_variants(
         readings[BASE] = _read(trained, examples, replies)
     head_VD = head_of(trained)
     del trained
+    dtypes: dict[Onto, torch.dtype] = {}
     for way, directory in merged.items():
         model = load_merged(directory, device)
-        readings[MERGED[way]], dtype = _read(model, examples, replies), model.dtype
+        readings[MERGED[way]], dtypes[way] = _read(model, examples, replies), model.dtype
         del model
-    plain = load_adapted(adapter_dir, base_dir, manifest, Onto.PLAIN, dtype, device)
+    plain = load_adapted(adapter_dir, base_dir, manifest, Onto.PLAIN, dtypes[Onto.PLAIN], device)
     readings[PLAIN] = _read(plain, examples, replies)
     others = [PLAIN, *(MERGED[way] for way in merged), BASE]
     return (*_measure(TRAINED, others, readings, head_VD), *_measure(PLAIN, [MERGED[Onto.PLAIN]], readings, head_VD))

@@ -13,14 +13,8 @@ from safetensors import SafetensorError
 
 from training.errors import TrainingError
 
-_REFUSED = {
-    errno.ENOSPC,
-    errno.EDQUOT,
-    errno.EFBIG,
-    errno.EROFS,
-    errno.EACCES,
-    errno.EIO,
-}
+_REFUSED = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS}
+_REFUSED_OR_UNREADABLE = {errno.EACCES, errno.EIO}  # of a file elsewhere, such as the base's, it is reading that failed
 _SAFETENSORS_ERRNO = re.compile(r"\(os error (\d+)\)")  # it raises an error of its own, with the number in its text
 
 
@@ -34,10 +28,11 @@ def disk_failures(out: Path) -> Iterator[None]:
     try:
         yield
     except (OSError, SafetensorError) as error:
-        number = _errno(error)
-        if number not in _REFUSED:
+        number, name = _errno(error), getattr(error, "filename", None)
+        elsewhere = name is not None and not Path(os.fsdecode(name)).is_relative_to(out)
+        if number not in _REFUSED and (number not in _REFUSED_OR_UNREADABLE or elsewhere):
             raise
-        where = getattr(error, "filename", None) or out
+        where = name or out
         raise DiskError(
             f"cannot write {where}: {os.strerror(number)}. Whole checkpoints in {out / 'checkpoints'} stay as they "
             "are: free some space or mend the disk, then go on with --resume"

@@ -53,7 +53,7 @@ _PLAIN = {  # LLaMA-Factory's argument -> section, field, LLaMA-Factory's defaul
 _READ = (  # by functions below
     *"dataset dataset_dir val_size template lora_alpha lora_target fp16 bf16 warmup_ratio warmup_steps".split(),  # noqa: SIM905
     *"num_train_epochs max_steps per_device_train_batch_size gradient_accumulation_steps output_dir".split(),  # noqa: SIM905
-    *"eval_steps report_to gradient_checkpointing disable_gradient_checkpointing run_name".split(),  # noqa: SIM905
+    *"eval_steps report_to gradient_checkpointing disable_gradient_checkpointing run_name mask_history".split(),  # noqa: SIM905
 )
 _MOOT = {  # asks for what Graft does in any case, or for what changes no number
     "plot_loss": "loss.png is always drawn",
@@ -153,6 +153,7 @@ def _data(arguments: Mapping[str, Any], sections: Sections) -> list[str]:
     data["template"] = "qwen" if template == "qwen" else "model"
     if template not in (None, "qwen"):
         notes.append(f"template = {template!r}: the model's own chat template is used")
+    data["turns"] = "last" if arguments.get("mask_history") else "all"
     return notes + _split(data, arguments)
 
 

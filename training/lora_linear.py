@@ -17,7 +17,7 @@ def fuse_lora(model: Any) -> int:
     """Replaces the forward pass of each plain LoRA linear layer; returns how many there are.
 
     peft's own takes about thirty small kernels and three saved copies of the input a layer; this saves the input and
-    the dropout's mask. The numbers are the same: what is rounded, and where, follows autocast.
+    the dropout's mask. In fp32 the numbers are peft's; in 16 bits the update is added before it is rounded, not after.
     """
     layers = [module for module in model.modules() if isinstance(module, LoraLayer) and _is_plain(module)]
     for layer in layers:

@@ -113,5 +113,6 @@ def _copy_rest(adapter_dir: Path, base_dir: Path, out: Path, dtype: torch.dtype 
             shutil.copyfile(path, out / path.name)
     if dtype is not None:
         config: dict[str, Any] = json.loads((out / "config.json").read_text())
+        config.pop("torch_dtype", None)  # the older name of the same, which some engines read first
         config["dtype"] = str(dtype).removeprefix("torch.")
         (out / "config.json").write_text(json.dumps(config, indent=2) + "\n")

@@ -37,6 +37,11 @@ class DeltaSurvival(Section):
     share_off_allowed: float  # from 1.0, of `share` and of `share_median`
     worst: dict[str, float]  # share by weight name, of the five farthest from 1.0
 
+    @property
+    def kept(self) -> bool:
+        """Whether rounding left the update as it is, within what is allowed."""
+        return all(abs(share - 1) <= self.share_off_allowed for share in (self.share, self.share_median))
+
 
 class VariantDistance(Section):
     """How far a variant's answers stand from a reference variant's, over the same reply tokens."""
@@ -85,6 +90,7 @@ class MergeCertificate(Section):
     onto: Literal["plain", "dequantised"] = "plain"  # base weights as stored, or as NF4 left them in training
     kl_nats_rounding: float | None = None  # a token's KL to the same model with its weights rounded anew; 16 bits only
     survival: DeltaSurvival | None = None
+    dtype_reason: str | None = None  # why another than the base's own was chosen, or why that one had to stay
     probes: ProbeError | None = None  # None: recorded on another form of the base, or before there were any
     comparison: tuple[VariantDistance, ...] = ()
 
@@ -99,7 +105,7 @@ class MergeCertificate(Section):
         if not self.kl_nats_mean <= self.kl_nats_allowed:
             found.append(f"KL {self.kl_nats_mean:.1e} nats a token is above {self.kl_nats_allowed:.1e}")
         if self.survival is not None:
-            found += _survival_failures(self.survival)
+            found += _survival_failures(self.survival, self._wider_dtypes())
         if self.probes is not None and not self.probes.error_nats <= self.probes.allowed_nats:
             found.append(
                 f"the adapter as loaded stands {self.probes.error_nats:.3f} nats a token from its probes, as recorded "
@@ -107,11 +113,15 @@ class MergeCertificate(Section):
             )
         return tuple(found)
 
+    def _wider_dtypes(self) -> str:
+        """Returns those that round less; not float16 where it was tried, or cannot hold a weight."""
+        return "float32" if self.dtype == "float16" or self.dtype_reason else "float16 or float32"
 
-def _survival_failures(survival: DeltaSurvival) -> list[str]:
+
+def _survival_failures(survival: DeltaSurvival, wider: str) -> list[str]:
     off = survival.share_off_allowed
     worst = ", ".join(f"{name} {share:.3f}" for name, share in survival.worst.items())
-    remedy = f"write it with --dtype float16 or float32; worst: {worst}"
+    remedy = f"write it with --dtype {wider}; worst: {worst}"
     return [
         f"{share:.3f} of {what} is left by rounding, not {1 - off:g} to {1 + off:g}; {remedy}"
         for share, what in ((survival.share, "the update"), (survival.share_median, "the median matrix's update"))

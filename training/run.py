@@ -84,7 +84,7 @@ def assemble(
     """
     accelerator = _accelerator(config, out)
     if sharding is not None:
-        require_shardable(config, accelerator.num_processes)
+        require_shardable(config, accelerator.num_processes, compute_dtype(config.model.dtype, accelerator.device))
     with accelerator.local_main_process_first():
         base = resolve_base(config.model, cache)
     tokenizer = load_tokenizer(base.directory)
@@ -201,6 +201,11 @@ def _accelerator(config: TrainConfig, out: Path) -> Accelerator:
         log_with=list(config.run.trackers) or None,
         project_config=ProjectConfiguration(project_dir=str(out), logging_dir=str(out / "trackers")),
     )
+    if accelerator.gradient_accumulation_steps != 1:  # accelerate would divide each pass's loss by it
+        raise ModelError(
+            f"ACCELERATE_GRADIENT_ACCUMULATION_STEPS = {accelerator.gradient_accumulation_steps}: packs are "
+            "accumulated up to optim.batch_size rows a step; unset it"
+        )
     if config.optim.batch_size < accelerator.num_processes:
         raise ModelError(
             f"optim.batch_size = {config.optim.batch_size} rows cannot be shared by {accelerator.num_processes} "

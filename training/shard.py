@@ -50,14 +50,14 @@ def read_sharding(settings: Mapping[str, str]) -> Sharding | None:
     return Sharding(settings.get("FSDP_RESHARD_AFTER_FORWARD", "true").lower() == "true")
 
 
-def require_shardable(config: TrainConfig, processes: int) -> None:
-    """Raises ShardingError for a recipe that needs a whole model in each process."""
+def require_shardable(config: TrainConfig, processes: int, dtype: torch.dtype) -> None:
+    """Raises ShardingError for a recipe that needs a whole model in each process; `dtype`: of its arithmetic here."""
     refused = {
         "optim.optimizer = 'paged_adamw_8bit'": config.optim.optimizer == "paged_adamw_8bit",
         "lora.dora = true": config.lora.dora,
         "run.sample_prompts": bool(config.run.sample_prompts),
         "run.compile = 'on'": config.run.compile == "on",
-        "model.dtype = 'float16'": config.model.dtype == "float16",
+        f"model.dtype = {config.model.dtype!r} (float16 here)": dtype == torch.float16,  # its scaler is one process's
     }
     if found := [name for name, present in refused.items() if present]:
         raise ShardingError(f"{', '.join(found)}: not supported by FSDP; change it, or launch without --use_fsdp")

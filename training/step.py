@@ -65,13 +65,17 @@ def optimizer_step(run: Run, step: int) -> StepRecord:
 
 def _update(run: Run, step: int) -> bool:
     """Returns whether fp16's scaler found an overflow and skipped the update."""
+    scaler = run.accelerator.scaler
+    before = scaler.get_scale() if scaler is not None else 0.0
     run.optimizer.step()
     run.optimizer.zero_grad()
-    skipped = bool(run.optimizer.step_was_skipped)
-    if skipped and run.accelerator.is_main_process:
-        scale = run.accelerator.scaler.get_scale()
+    # By its scale: a fused optimizer skips inside of its kernel, where accelerate's `step_was_skipped` sees nothing.
+    if scaler is None or scaler.get_scale() >= before:
+        return False
+    if run.accelerator.is_main_process:
+        scale = scaler.get_scale()
         print(f"step {step}: fp16 overflow, no update; the loss scale is now {scale:g}", file=sys.stderr, flush=True)
-    return skipped
+    return True
 
 
 def _my_rows(run: Run, examples: list[TrainExample]) -> list[TrainExample]:

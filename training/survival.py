@@ -68,7 +68,8 @@ def _strayed(base: torch.Tensor, expected: torch.Tensor, merged: torch.Tensor) -
     """Counts the numbers farther from base + update than the written dtype's rounding and fp32's summing allow."""
     info = torch.finfo(merged.dtype)
     largest = max(float((expected - base).abs().max()), float(base.abs().max()))
-    allowed = expected.abs().mul_(info.eps).add_(info.smallest_normal + 8 * torch.finfo(torch.float32).eps * largest)
+    smallest_step = info.smallest_normal * info.eps
+    allowed = expected.abs().mul_(info.eps).add_(smallest_step + 8 * torch.finfo(torch.float32).eps * largest)
     return int(((merged.float() - expected).abs_() > allowed).sum())
 
 

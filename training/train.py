@@ -18,7 +18,7 @@ from training.bad_batch import BAD_BATCH, NonFiniteError
 from training.checkpoint import CheckpointError
 from training.config import TrainConfig, resolved_toml
 from training.data_gate.write import MARKDOWN_NAME, summary, write_report
-from training.disk import disk_failures
+from training.disk import disk_failures, sync
 from training.lock import run_lock
 from training.log import Progress, StepRecord, TrainLog, ValidationRecord, plot_loss
 from training.prepare import Prepared
@@ -80,6 +80,7 @@ def _train(
         # Not before: an interrupted retraining must leave the old adapter its own held-out rows.
         held_out = out / "held_out.jsonl.tmp"
         write_held_out(held_out, run.data.held_out)
+        sync(held_out)  # the checkpoints, which could write it again, go soon
         held_out.replace(out / "held_out.jsonl")
         save_adapter(out / "adapter", run, log)
         checkpoint.discard(out / "checkpoints")

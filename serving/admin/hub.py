@@ -15,29 +15,33 @@ _REMEDY = "download it where there is a network, copy it to the server and regis
 def download(hub_id: str, revision: str | None, directory: Path, endpoint: str | None = None) -> None:
     """Fetches into `directory`; blocks. `endpoint` None is the hub that the hub's own client is set up for.
 
-    Raises BadRequest for an id or revision that does not exist or needs other rights, HubUnreachable without a network.
+    Raises BadRequest for an id or revision that does not exist, needs other rights or names files outside of it, and
+    HubUnreachable without a network.
     """
     import huggingface_hub
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+    from huggingface_hub.errors import HfHubHTTPError
+    from huggingface_hub.errors import HTTPError as ClientError  # type: ignore[attr-defined]  # of whichever it uses
 
+    notes = directory / ".cache"  # the client's own
     try:
         huggingface_hub.snapshot_download(
             hub_id,
             revision=revision,
             local_dir=directory,
+            cache_dir=notes,  # or it would leave some in its home
             allow_patterns=list(ALLOWED),
             endpoint=endpoint,
             tqdm_class=_quiet_bar(),
         )
-    except HFValidationError as error:
-        raise BadRequest(f"hub_id: {error}", param="hub_id") from error
+    except ValueError as error:  # an id that is none, or a file's name that leads out of the directory
+        raise BadRequest(f"hub_id: {_first_line(error)}", param="hub_id") from error
     except HfHubHTTPError as error:
         raise _http_error(hub_id, revision, error) from error
-    except (LocalEntryNotFoundError, OSError) as error:  # what the client raises for no network and for no disk
+    except (ClientError, OSError) as error:  # what the client raises for a lost network, for none and for no disk
         raise HubUnreachable(
             f"{hub_id} cannot be downloaded: {_first_line(error)}; {_REMEDY}", param="hub_id"
         ) from error
-    shutil.rmtree(directory / ".cache", ignore_errors=True)  # the client's own notes
+    shutil.rmtree(notes, ignore_errors=True)
 
 
 def _http_error(hub_id: str, revision: str | None, error: Any) -> BadRequest | HubUnreachable:

@@ -30,7 +30,7 @@ class RegisterRequest(Wire):
 
 
 class PromoteRequest(Wire):
-    """`expected` is the digest that the label has to have now, so that two administrators cannot undo each other."""
+    """`expected` begins the digest that the label must have now, so that two administrators cannot undo each other."""
 
     digest: Text
     expected: Text | None = None

@@ -22,6 +22,7 @@ from serving.admin.protocol import (
 )
 from serving.admin.views import inspected_view, label_view, policy_view, refusal_view, revision_view
 from serving.errors import BadRequest, ModelNotFound
+from serving.registry.files import REVISIONS
 from serving.registry.registry import Registry
 from serving.registry.revision import Revision, RevisionStatus
 from serving.registry.routing import Policy
@@ -47,8 +48,8 @@ class Administration:
         return revision_view(self._registry, revision)
 
     async def _register_from_hub(self, body: RegisterRequest, hub_id: str) -> Revision:
-        """The files pass through a directory of the state, whose file system has to have room for them anyway."""
-        with tempfile.TemporaryDirectory(prefix="hub-", dir=self._registry.directory) as directory:
+        """The files pass through the state, whose file system has to have room for them anyway, where starts sweep."""
+        with tempfile.TemporaryDirectory(prefix="hub-", dir=self._registry.directory / REVISIONS) as directory:
             files = Path(directory) / "adapter"
             await asyncio.to_thread(download, hub_id, body.hub_revision, files, self._hub)
             return await self._registry.register(body.name, Path(hub_id), body.label, downloaded=files)

@@ -11,13 +11,14 @@ from serving.usage import Usage
 from serving.wire import Harmless, whole_text
 
 Prompt = str | tuple[int, ...]
+MAX_PROMPTS = 2048  # a body has room for a million, which would hold up every other request while they are checked
 _IDS_SCHEMA = {"type": "array", "items": {"type": "integer"}, "minItems": 1}
 _PROMPTS_SCHEMA = {
     "anyOf": [
         {"type": "string"},
-        {"type": "array", "items": {"type": "string"}, "minItems": 1},
+        {"type": "array", "items": {"type": "string"}, "minItems": 1, "maxItems": MAX_PROMPTS},
         _IDS_SCHEMA,
-        {"type": "array", "items": _IDS_SCHEMA, "minItems": 1},
+        {"type": "array", "items": _IDS_SCHEMA, "minItems": 1, "maxItems": MAX_PROMPTS},
     ]
 }
 
@@ -28,10 +29,12 @@ def _prompts(value: object) -> tuple[Prompt, ...]:
         return (whole_text(value),)
     if not isinstance(value, list) or not value:
         raise ValueError("has to be a text, a list of texts, a list of token ids or a list of such lists; not empty")
-    if all(isinstance(item, str) for item in value):
-        return tuple(map(whole_text, value))
     if _are_ids(value):
         return (tuple(value),)
+    if len(value) > MAX_PROMPTS:
+        raise ValueError(f"has {len(value)} prompts; at most {MAX_PROMPTS} are allowed")
+    if all(isinstance(item, str) for item in value):
+        return tuple(map(whole_text, value))
     if all(isinstance(item, list) and item and _are_ids(item) for item in value):
         return tuple(tuple(item) for item in value)
     raise ValueError("mixes forms: give only texts, only token ids, or only non-empty lists of token ids")

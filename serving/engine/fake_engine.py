@@ -8,7 +8,7 @@ import math
 import random
 import time
 from collections import Counter
-from collections.abc import AsyncGenerator, Sequence
+from collections.abc import AsyncGenerator, Sequence, Set
 from contextlib import aclosing
 from dataclasses import replace
 
@@ -33,8 +33,9 @@ MEAN_REPLY_TOKENS = 24
 class FakeEngine:
     """The next token's distribution is a hash of the variant's digest and all ids before it.
 
-    `end_of_turn_id` is the likeliest token at one position in MEAN_REPLY_TOKENS. `script` gives the likeliest tokens
-    of every completion, in order. `die` makes the engine fail; `aborted` counts requests that were left early.
+    `end_of_turn_id` is the likeliest token at one position in MEAN_REPLY_TOKENS. The `control_ids` come at no other: a
+    reply without an end of turn has no end of its own. `script` gives the likeliest tokens of every completion, in
+    order. `die` makes the engine fail; `aborted` counts requests that were left early.
     """
 
     simulated = True
@@ -49,6 +50,7 @@ class FakeEngine:
         token_delay_s: float = 0.0,
         start_delay_s: float = 0.0,
         end_of_turn_id: int | None = None,
+        control_ids: Set[int] = frozenset(),
         script: Sequence[int] = (),
     ) -> None:
         self.context_length = context_length
@@ -58,8 +60,10 @@ class FakeEngine:
         self._token_delay_s = token_delay_s
         self._start_delay_s = start_delay_s
         self._end_of_turn_id = end_of_turn_id
+        self._control_ids = frozenset(control_ids)
         self._script = tuple(script)
-        self._logprobs, self._tail_logprob = _rank_logprobs(vocabulary_size)
+        candidates = min(CANDIDATES, vocabulary_size - len(self._control_ids) - 1)
+        self._logprobs, self._tail_logprob = _rank_logprobs(candidates, vocabulary_size)
         self._rows = asyncio.Semaphore(max_batch)
         self._variants: set[str] = set()
         self._running = self._waiting = self._steps = 0
@@ -166,7 +170,8 @@ class FakeEngine:
     def _candidates(self, prefix: hashlib.blake2b, position: int | None) -> list[int]:
         """Returns the ids that can come next, likeliest first; `position` counts completion tokens."""
         number = int.from_bytes(prefix.digest())
-        ranked = random.Random(number).sample(range(self._vocabulary_size), len(self._logprobs))
+        drawn = random.Random(number).sample(range(self._vocabulary_size), len(self._logprobs) + len(self._control_ids))
+        ranked = [token_id for token_id in drawn if token_id not in self._control_ids][: len(self._logprobs)]
         if position is not None and position < len(self._script):
             first: int | None = self._script[position]
         else:
@@ -206,9 +211,8 @@ def _extend(prefix: hashlib.blake2b, token_id: int) -> hashlib.blake2b:
     return longer
 
 
-def _rank_logprobs(vocabulary_size: int) -> tuple[list[float], float]:
-    """Returns the log-probability of each candidate by rank, and that of every other token."""
-    count = min(CANDIDATES, vocabulary_size - 1)
+def _rank_logprobs(count: int, vocabulary_size: int) -> tuple[list[float], float]:
+    """Returns the log-probability of each of `count` candidates by rank, and that of every other token."""
     weights = [math.exp(-DECAY_NATS * rank) for rank in range(count)]
     scale = math.log((1 - TAIL_MASS) / math.fsum(weights))
     return [-DECAY_NATS * rank + scale for rank in range(count)], math.log(TAIL_MASS / (vocabulary_size - count))

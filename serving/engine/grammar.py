@@ -11,13 +11,14 @@ import json
 import threading
 from collections.abc import Set as AbstractSet
 from pathlib import Path
-from typing import Any
-
-import torch
-from llguidance import LLMatcher, LLParserLimits, LLTokenizer
+from typing import TYPE_CHECKING, Any
 
 from serving.engine.engine import Grammar
 from serving.errors import BadRequest
+
+if TYPE_CHECKING:  # planning needs this file under every engine, and the fake one needs neither
+    import torch
+    from llguidance import LLMatcher, LLTokenizer
 
 # V vocabulary
 MAX_REASON_CHARACTERS = 300
@@ -41,6 +42,8 @@ class Matcher:
 
     def allowed(self, vocabulary: int) -> torch.Tensor:
         """Returns for each token (bool, V) whether it may come next; a stop token may where the JSON is whole."""
+        import torch
+
         allowed_V = torch.zeros(vocabulary, dtype=torch.bool)
         mask = torch.frombuffer(bytearray(self._matcher.compute_logit_bias()), dtype=torch.uint8)[:vocabulary]
         allowed_V[: len(mask)] = mask != 0
@@ -69,7 +72,7 @@ class GrammarCompiler:
         with self._lock:
             if self._tokenizer is None:
                 self._tokenizer = _read_tokenizer(self._base_dir)
-        matcher = LLMatcher(self._tokenizer, _source(grammar), log_level=0, limits=_limits())
+        matcher = _matcher(self._tokenizer, grammar)
         if matcher.is_error():
             raise _refusal(matcher.get_error())
         return Matcher(matcher, stop_token_ids)
@@ -85,7 +88,7 @@ def check_grammar(grammar: Grammar) -> None:
     joins = _joins(grammar)
     if joins > MAX_JOINS:
         raise _refusal(f"it joins schemas {joins} times, by allOf or beside a $ref, and {MAX_JOINS} are allowed")
-    matcher = LLMatcher(_byte_tokenizer(), _source(grammar), log_level=0, limits=_limits())
+    matcher = _matcher(_byte_tokenizer(), grammar)
     if not matcher.is_error():
         matcher.compute_bitmask()  # only this finds a schema that refers to itself for ever
     if matcher.is_error():
@@ -117,19 +120,21 @@ def _joins(grammar: Grammar) -> int:
     return joins
 
 
-def _source(grammar: Grammar) -> str:
+def _matcher(tokenizer: LLTokenizer, grammar: Grammar) -> LLMatcher:
+    from llguidance import LLMatcher, LLParserLimits
+
     try:
-        return LLMatcher.grammar_from_json_schema(grammar.json_schema)
+        source = LLMatcher.grammar_from_json_schema(grammar.json_schema)
     except ValueError as error:
         raise _refusal(str(error)) from error
-
-
-def _limits() -> LLParserLimits:
-    return LLParserLimits(verbose_errors=False)  # the verbose ones print the schema, and the text so far
+    limits = LLParserLimits(verbose_errors=False)  # the verbose ones print the schema, and the text so far
+    return LLMatcher(tokenizer, source, log_level=0, limits=limits)
 
 
 @functools.cache
 def _byte_tokenizer() -> LLTokenizer:
+    from llguidance import LLTokenizer
+
     return LLTokenizer("byte")
 
 

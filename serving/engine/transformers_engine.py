@@ -91,9 +91,9 @@ class TransformersEngine:
         await self._between_steps(worker, lambda: stepper.remove(variant))
 
     async def generate(self, request: GenerationRequest) -> AsyncGenerator[Delta, None]:
-        stepper, worker = self._parts()
-        self._check(stepper, request)
+        self._check(self._parts()[0], request)
         row = Row(request, _generator(request.sampling.seed), await self._matcher(request.sampling))
+        stepper, worker = self._parts()  # only now: the engine may have ended while the grammar compiled
         outbox = self._outboxes[row] = Outbox()
         worker.post(lambda: self._enter(stepper, row))
         try:

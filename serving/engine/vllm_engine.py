@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator, Mapping
+from collections.abc import AsyncGenerator, Awaitable, Mapping
 from contextlib import aclosing
 from pathlib import Path
 from typing import Any, get_args
@@ -14,7 +14,7 @@ from serving.engine.adapter import CONFIG_NAME, AdapterConfig, read_adapter
 from serving.engine.checks import check_request, check_sizes, not_loaded
 from serving.engine.engine import Delta, EngineStats, Feature, GenerationRequest, Sampling, Variant, VariantKind
 from serving.engine.layers import linear_layers
-from serving.engine.vllm_output import delta, nothing_to_score, score
+from serving.engine.vllm_output import StepMeter, delta, nothing_to_score, score
 from serving.errors import AdapterRejected, EngineDead, ModelRejected, UnsupportedField
 
 # vLLM reads these itself. It reports its use to its makers unless told not to; a fork of a process that has asked
@@ -22,7 +22,7 @@ from serving.errors import AdapterRejected, EngineDead, ModelRejected, Unsupport
 ENVIRONMENT: Mapping[str, str] = {"VLLM_NO_USAGE_STATS": "1", "VLLM_WORKER_MULTIPROC_METHOD": "spawn"}
 DEFAULT_RANK = 16
 CACHE_BYTES_CPU = 4 * 2**30  # vLLM's own default is 92 % of the memory, and no start where anything else uses some
-
+DEATH_CHECK_S = 0.5
 FREE_SHARE_NEEDED = 0.05  # of a GPU at the start: with a cache of a given size vLLM only checks this, and 0.9 else
 
 
@@ -52,7 +52,7 @@ class VllmEngine:
         self._vocabulary = int(AutoConfig.from_pretrained(base_dir).vocab_size)
         self._llm: Any = None
         self._failure: EngineDead | None = EngineDead("the engine is not started")
-        self._meter = _Meter()
+        self._meter = StepMeter()
         self._in_flight = 0
         self._holds: int | None = None  # adapters at once; None: any number, read again as they are needed
         self._numbers: dict[str, int] = {}  # LoRA ids by digest: kept when an adapter leaves, so none is used twice
@@ -94,10 +94,10 @@ class VllmEngine:
             )
         adapter = self._lora_request(variant)
         try:
-            await llm.add_lora(adapter)
+            await self._ask(llm.add_lora(adapter))
+        except EngineDead:
+            raise
         except Exception as error:  # vLLM sends whatever its process raised
-            if not self.healthy():
-                raise self._death() from error
             raise AdapterRejected(f"adapter {variant.name!r}: vLLM cannot load it: {error}", param="model") from error
         self._adapters[variant.digest] = adapter
 
@@ -105,7 +105,7 @@ class VllmEngine:
         llm = self._alive()
         adapter = self._adapters.pop(variant.digest, None)
         if adapter is not None:
-            await llm.remove_lora(adapter.lora_int_id)
+            await self._ask(llm.remove_lora(adapter.lora_int_id))
 
     async def generate(self, request: GenerationRequest) -> AsyncGenerator[Delta, None]:
         llm = self._alive()
@@ -188,7 +188,7 @@ class VllmEngine:
         if not self.max_adapters:
             problem = "the engine was started for no adapters; set max_adapters"
         elif config.rank_pattern or config.alpha_pattern:
-            problem = "vLLM ignores rank_pattern and alpha_pattern; use the transformers engine"
+            problem = "not every vLLM honours rank_pattern and alpha_pattern; use the transformers engine"
         elif config.r > self.max_rank:
             problem = f"rank {config.r} is more than the {self.max_rank} that the engine was started for"
         if problem is not None:
@@ -220,6 +220,18 @@ class VllmEngine:
         except EngineDeadError as error:
             raise self._death() from error
 
+    async def _ask(self, work: Awaitable[Any]) -> None:
+        """vLLM leaves unanswered what it was asked when its process dies meanwhile; this raises EngineDead then."""
+        asking = asyncio.ensure_future(work)
+        try:
+            while not asking.done() and self.healthy():
+                await asyncio.wait([asking], timeout=DEATH_CHECK_S)
+        finally:
+            asking.cancel()
+            await asyncio.gather(asking, return_exceptions=True)
+        self._alive()
+        asking.result()
+
     def _alive(self) -> Any:
         if not self.healthy():
             raise self._death()
@@ -229,23 +241,6 @@ class VllmEngine:
         if self._failure is not None:
             return EngineDead(self._failure.message)
         return EngineDead("vLLM's process ended; the server has to be restarted")
-
-
-class _Meter:
-    """A vLLM stat logger, by its methods: counts the steps of the engine's process."""
-
-    def __init__(self) -> None:
-        self.steps = 0
-        self.waiting = 0
-
-    def record(self, scheduler_stats: Any, iteration_stats: Any, **others: Any) -> None:
-        if scheduler_stats is not None:
-            self.steps += 1
-            self.waiting = int(scheduler_stats.num_waiting_reqs)
-
-    def log(self) -> None: ...
-
-    def log_engine_initialized(self) -> None: ...
 
 
 def refuse_merged(name: str) -> ModelRejected:

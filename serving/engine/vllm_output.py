@@ -1,4 +1,4 @@
-"""The deltas of what vLLM hands out; its objects are read by their fields, so that this needs no vLLM."""
+"""The deltas and the step count of what vLLM hands out; its objects are read by their fields, so this needs no vLLM."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def score(request: GenerationRequest, output: Any) -> Delta:
     assert request.prompt_logprobs is not None
     last = _entry(request.prompt_ids[-1], output.outputs[0].logprobs[0], request.prompt_logprobs)
     entries = _prompt_entries(request.prompt_ids[:-1], output.prompt_logprobs, request.prompt_logprobs)
-    return Delta(prompt_logprobs=(*entries, last), finish_reason=FinishReason.LENGTH)
+    return Delta(prompt_logprobs=(*entries, last), finish_reason=FinishReason.LENGTH, waited_s=_waited_s(output))
 
 
 def delta(request: GenerationRequest, output: Any, *, first: bool) -> Delta:
@@ -40,7 +40,29 @@ def delta(request: GenerationRequest, output: Any, *, first: bool) -> Delta:
     prompt_logprobs = None
     if first and request.prompt_logprobs is not None:
         prompt_logprobs = _prompt_entries(request.prompt_ids, output.prompt_logprobs, request.prompt_logprobs)
-    return Delta(token_ids, logprobs, prompt_logprobs, reason)
+    return Delta(token_ids, logprobs, prompt_logprobs, reason, _waited_s(output) if first else None)
+
+
+class StepMeter:
+    """A vLLM stat logger, by its methods: counts the steps of the engine's process."""
+
+    def __init__(self) -> None:
+        self.steps = 0
+        self.waiting = 0
+
+    def record(self, scheduler_stats: Any, iteration_stats: Any, **others: Any) -> None:
+        if scheduler_stats is not None:
+            self.steps += 1
+            self.waiting = int(scheduler_stats.num_waiting_reqs)
+
+    def log(self) -> None: ...
+
+    def log_engine_initialized(self) -> None: ...
+
+
+def _waited_s(output: Any) -> float:
+    """How long the request lay in vLLM's own queue, as for room in the cache; its process's clock."""
+    return float(output.metrics.scheduled_ts - output.metrics.queued_ts)
 
 
 def _finish_reason(request: GenerationRequest, reason: str | None) -> FinishReason | None:

@@ -14,6 +14,7 @@ from serving.registry.probing import Scored, judge, score
 from serving.registry.revision import ProbeResult, Reference
 from training.artifact import (
     ADAPTER_CONFIG,
+    MANIFEST_NAME,
     AdapterManifest,
     ArtifactError,
     base_problems,
@@ -53,6 +54,8 @@ class AdmissionGate:
             manifest = _readable_manifest(directory)
         except OSError as error:
             problems.append(f"{error.filename}: cannot be read ({error.strerror})")
+        except ValueError as error:
+            problems.append(f"{MANIFEST_NAME}: names what can be no file ({error})")
         if manifest is not None:
             problems += base_problems(manifest, self._base.fingerprint, self._base.template_sha256)
             problems += _rank_problems(directory, manifest, self.max_rank)
@@ -114,7 +117,7 @@ def _rank_problems(directory: Path, manifest: AdapterManifest, max_rank: int) ->
         widest = max(int(rank) for rank in ranks)
     except OSError:
         return []
-    except (AttributeError, KeyError, TypeError, ValueError) as error:
+    except (AttributeError, KeyError, TypeError, ValueError, OverflowError, RecursionError) as error:
         return [f"{ADAPTER_CONFIG}: no rank can be read ({type(error).__name__}: {error}); save it with peft"]
     problems = []
     if config["r"] != manifest.lora.rank:

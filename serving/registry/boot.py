@@ -14,7 +14,7 @@ from serving.errors import AdapterRejected
 from serving.registry.admission import AdmissionGate
 from serving.registry.catalog import Catalog, ServedModel, adapter_model, load_catalog
 from serving.registry.enrolment import Candidate, Enrolment
-from serving.registry.files import RevisionFiles, structure_problems
+from serving.registry.files import REVISIONS, RevisionFiles, structure_problems
 from serving.registry.labels import STABLE, Labels
 from serving.registry.names import Flagged
 from serving.registry.registry import Registry
@@ -48,7 +48,7 @@ def open_registry(
     A recorded revision that no longer verifies becomes broken instead.
     """
     catalog = load_catalog(base_name, base_dir, merged or {})
-    directory = state_dir or Path(tempfile.mkdtemp(prefix="graft-state-"))
+    directory = (state_dir or Path(tempfile.mkdtemp(prefix="graft-state-"))).resolve()
     temporary = directory if state_dir is None else None
     state = State(directory)
     try:
@@ -71,8 +71,9 @@ class _Boot:
         max_rank: int | None,
     ) -> None:
         self._catalog, self._base_name, self._state, self._adapters = catalog, base_name, state, adapters
-        self._files = RevisionFiles(state.directory / "revisions")
-        max_rank = max_rank or max([LEAST_MAX_RANK, *_ranks(adapters), *(each.rank for each in state.revisions())])
+        self._files = RevisionFiles(state.directory / REVISIONS)
+        live = [each.rank for each in state.revisions() if each.live]
+        max_rank = max_rank or max([LEAST_MAX_RANK, *_ranks(adapters), *live])
         self._gate = AdmissionGate(catalog.base, catalog.models[base_name].variant, max_rank)
         self._revisions = Revisions(state)
 
@@ -141,7 +142,7 @@ class _Boot:
             if again and known is not None and known.status is not RevisionStatus.BROKEN:
                 continue  # what an administrator did since then holds
             label = None if again else STABLE
-            candidate = Candidate(name, directory, str(directory), label, flag=True)
+            candidate = Candidate(name, directory.resolve(), str(directory), label, flag=True)
             model = adapter_model(name, manifest, directory, self._catalog.base, self._base_name)
             found.append(Flagged(candidate, model))
         return found

@@ -27,7 +27,7 @@ logger = logging.getLogger("graft.registry")
 
 @dataclass(frozen=True, slots=True)
 class Candidate:
-    """An adapter directory that is to become a revision of `name`; `source` is what its errors call it."""
+    """An adapter directory, by its real path, that is to become a revision of `name`; errors call it `source`."""
 
     name: str
     directory: Path
@@ -60,7 +60,8 @@ class Enrolment:
         """Returns the admitted revision, known before or new; raises AdapterRejected with all reasons."""
         async with self._lock:
             try:
-                manifest = await asyncio.to_thread(self._files.take, candidate.directory, self._gate.inspect)
+                fixed = self._revisions.fixed_digests()
+                manifest = await asyncio.to_thread(self._files.take, candidate.directory, self._gate.inspect, fixed)
                 return await self._admit(engine, candidate, manifest)
             except ArtifactError as error:
                 raise self._refused(candidate, error.problems) from error
@@ -122,13 +123,14 @@ class Enrolment:
 
     async def _undo(self, digest: str) -> None:
         """The files of a broken revision stay: it may be looked into."""
-        answering = {each.digest for each in self._revisions if each.status is RevisionStatus.ADMITTED}
-        if digest not in answering:
+        if digest not in self._revisions.fixed_digests():
             await self._residency.drop(digest)
         if digest not in self._revisions.live_digests():
             await asyncio.to_thread(self._files.remove, digest)
 
     def _refused(self, candidate: Candidate, reasons: Sequence[str]) -> AdapterRejected:
+        # A file's name need not be UTF-8; the answer and the list of refusals are.
+        reasons = [reason.encode(errors="backslashreplace").decode() for reason in reasons]
         logger.warning("refused adapter %s=%s: %s", candidate.name, candidate.source, "; ".join(reasons))
         with self._state.transaction():
             self._state.put_refusal(Refusal(candidate.name, candidate.source, tuple(reasons), time.time()))

@@ -6,7 +6,7 @@ import os
 import shutil
 import stat
 import uuid
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Container, Iterable, Iterator
 from pathlib import Path
 
 from serving.engine.engine import Variant
@@ -14,6 +14,7 @@ from serving.errors import AdapterRejected
 from serving.registry.revision import DIGEST_CHARACTERS
 from training.artifact import MANIFEST_NAME, AdapterManifest, ArtifactError, read_manifest, verify_adapter
 
+REVISIONS = "revisions"  # below the state directory; each start removes what a process that died left there
 _TEMPORARY = ".tmp"
 
 
@@ -27,10 +28,13 @@ class RevisionFiles:
     def path(self, digest: str) -> Path:
         return self._root / digest
 
-    def take(self, source: Path, inspect: Callable[[Path], AdapterManifest]) -> AdapterManifest:
+    def take(
+        self, source: Path, inspect: Callable[[Path], AdapterManifest], fixed: Container[str] = ()
+    ) -> AdapterManifest:
         """Copies an adapter in and returns its manifest; raises ArtifactError with all faults.
 
-        The copy is what is inspected, so the source may change meanwhile; a whole copy that is there already stays.
+        The copy is what is inspected, so the source, a real path, may change meanwhile. A whole copy that is there
+        already stays, unless its manifest is another and its digest is not among the `fixed`.
         """
         if problems := structure_problems(source):
             raise ArtifactError(source, problems)
@@ -38,7 +42,7 @@ class RevisionFiles:
         try:
             _copy(source, temporary)
             manifest = inspect(temporary)
-            self._keep(temporary, self.path(manifest.digest))
+            self._keep(temporary, self.path(manifest.digest), manifest.digest in fixed)
         finally:
             shutil.rmtree(temporary, ignore_errors=True)
         return manifest
@@ -65,22 +69,25 @@ class RevisionFiles:
             shutil.rmtree(self._root / name)
         return sorted(left)
 
-    def _keep(self, temporary: Path, target: Path) -> None:
+    def _keep(self, temporary: Path, target: Path, is_fixed: bool) -> None:
         """The digest does not cover the manifest, so one that would change prompts under the same digest is refused."""
         try:
             stored = verify_adapter(target)
         except (ArtifactError, OSError):  # absent, or damaged: then this heals it
-            shutil.rmtree(target, ignore_errors=True)
-            temporary.rename(target)
-            _sync(self._root)
-            return
-        given = read_manifest(temporary)
-        if (given.base, given.chat, given.lora) != (stored.base, stored.chat, stored.lora):
-            revision = stored.digest[:DIGEST_CHARACTERS]
-            raise ArtifactError(
-                temporary,
-                [f"{MANIFEST_NAME}: base, chat or lora differ from the manifest that revision {revision} has"],
-            )
+            pass
+        else:
+            given = read_manifest(temporary)
+            if (given.base, given.chat, given.lora) == (stored.base, stored.chat, stored.lora):
+                return
+            if is_fixed:
+                revision = stored.digest[:DIGEST_CHARACTERS]
+                raise ArtifactError(
+                    temporary,
+                    [f"{MANIFEST_NAME}: base, chat or lora differ from the manifest that revision {revision} has"],
+                )
+        shutil.rmtree(target, ignore_errors=True)
+        temporary.rename(target)
+        _sync(self._root)
 
 
 def structure_problems(directory: Path) -> list[str]:
@@ -114,11 +121,25 @@ def _copy(source: Path, target: Path) -> None:
     for path in _walk(source):
         copy = target / path.relative_to(source)
         copy.parent.mkdir(parents=True, exist_ok=True)
-        shutil.copyfile(path, copy)
-        copy.chmod(0o444)
-        _sync(copy)
+        _copy_file(path, copy, source)
     for directory in {target, *(path.parent for path in _walk(target))}:
         _sync(directory)
+
+
+def _copy_file(path: Path, copy: Path, inside: Path) -> None:
+    """Judges what it has opened: since `structure_problems`, a name may have become a link that leaves, or a pipe."""
+    descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+    try:
+        real = Path(os.readlink(f"/proc/self/fd/{descriptor}"))
+        if not (stat.S_ISREG(os.fstat(descriptor).st_mode) and real.is_relative_to(inside)):
+            name = path.relative_to(inside).as_posix()
+            raise ArtifactError(inside, [f"{name}: was replaced while it was copied; register what does not change"])
+        with open(descriptor, "rb", closefd=False) as source, copy.open("xb") as target:
+            shutil.copyfileobj(source, target)
+    finally:
+        os.close(descriptor)
+    copy.chmod(0o444)
+    _sync(copy)
 
 
 def _sync(path: Path) -> None:

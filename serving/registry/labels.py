@@ -37,9 +37,9 @@ class Labels:
         return [each.label for each in self if (each.name, each.digest) == (name, digest)]
 
     def move(self, name: str, label: str, digest: str, expected: str | None) -> Label:
-        """Raises Conflict where the label does not point at `expected`, which None leaves open."""
+        """Raises Conflict where the label does not point at `expected`, a digest's beginning; None leaves it open."""
         current = self.find(name, label)
-        if expected is not None and (current is None or current.digest != expected):
+        if expected is not None and not (expected and current and current.digest.startswith(expected)):
             at = "at nothing" if current is None else f"at {current.digest[:DIGEST_CHARACTERS]}"
             raise Conflict(
                 f"{name}:{label} points {at}, not at the expected {expected[:DIGEST_CHARACTERS]}; read it again",

@@ -57,7 +57,7 @@ class Names:
         return self._find(model, lambda name: self._arm(name, routing_key))
 
     def heaviest(self, model: str) -> ServedModel:
-        """Returns what `route` may return, without a draw: by the stable label, or else the policy's heaviest."""
+        """Returns what `route` may return, without a draw: by the stable label where that can be, or the heaviest."""
         return self._find(model, self._heaviest)[0]
 
     def shadow(self, model: str, answering: ServedModel) -> str | None:
@@ -101,6 +101,6 @@ class Names:
 
     def _heaviest(self, name: str) -> str:
         policy = self._labels.policy(name)
-        if policy is None or self._labels.find(name, STABLE) is not None:
+        if policy is None or STABLE in policy.weights:
             return STABLE
         return max(policy.weights, key=lambda label: policy.weights[label])

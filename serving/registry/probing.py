@@ -16,9 +16,9 @@ from training.artifact import Probes
 SAME_NATS = 1e-5
 # Means over tokens. Two float32 orders of summation differ by about 1e-6 nats, 16-bit arithmetic by about 0.01.
 ALLOWED_FLOAT32_NATS, ALLOWED_16BIT_NATS = 1e-3, 0.05
-# Of the reference's own distance from its base: another scale (2x: 1.0), a transposed or foreign update (1.0 and more)
-# lie beyond it; the quantised base under an NF4 reference moves the effect by less.
-ALLOWED_NF4_SHARE = 0.5
+# Of the reference's own distance from its base. Measured on SmolLM2-135M, whose quantisation moves much: the right
+# adapter 0.55, twice its scale 0.83, a foreign one 1.0, a negated one 2.1; half the scale (0.67) is not told apart.
+ALLOWED_NF4_SHARE = 0.75
 
 
 @dataclass(frozen=True, slots=True)

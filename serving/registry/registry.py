@@ -133,7 +133,7 @@ class Registry:
         return Lease(self, served, arm, self._names.shadow(model, served))
 
     def resolve(self, model: str) -> ServedModel:
-        """Returns what a lease would hold, by a name's heaviest label where its policy draws; counts nothing."""
+        """Returns what a lease may hold, without a draw: see Names.heaviest; counts nothing."""
         return self._names.heaviest(model)
 
     def adapters(self) -> int:
@@ -166,7 +166,7 @@ class Registry:
     ) -> Revision:
         """Admits the adapter at `source` below a root, and moves `label` to it.
 
-        `downloaded` is where the server itself put the files of a `source` that is no path.
+        `downloaded` is where below the state the server itself put the files of a `source` that is no path.
         Raises PathRefused, NameTaken, or AdapterRejected with all reasons; then nothing has changed.
         """
         if not MODEL_NAME.fullmatch(name):
@@ -230,7 +230,7 @@ class Registry:
     def pin(self, name: str, digest: str, pinned: bool) -> Revision:
         """A pinned revision is loaded at each start and never evicted; one place in the engine stays for the others."""
         revision = replace(self.revision(name, digest), pinned=pinned)
-        if revision.status is not RevisionStatus.ADMITTED:
+        if pinned and revision.status is not RevisionStatus.ADMITTED:
             raise Conflict(f"revision {revision.id} is {revision.status.value}; only admitted ones are pinned")
         digests = self._revisions.pinned_digests() | ({revision.digest} if pinned else set())
         if pinned and len(digests) >= self.residency.limit:

@@ -71,6 +71,13 @@ class Residency:
         """Returns the digests that the engine holds, least recently used first."""
         return tuple(self._held)
 
+    def has_place(self, digest: str) -> bool:
+        """Says whether an adapter is held, or could be loaded and no other would have to leave."""
+        held = self._held.get(digest)
+        if held is not None:
+            return not held.leaving
+        return digest in self._adding or self._taken() < self.limit
+
     async def enter(self, variant: Variant) -> None:
         """Returns once the engine holds the adapter, which then stays until `leave`; raises what its load raised."""
         if self._engine is None:
@@ -123,11 +130,14 @@ class Residency:
                 continue
             if held is not None:
                 self._let_in(self._wanted.pop(digest), held)
-            elif len(self._held) + len(self._adding) + len(self._removing) < self.limit:
+            elif self._taken() < self.limit:
                 self._adding[digest] = asyncio.create_task(self._add(self._wanted.pop(digest)))
             else:
                 short += 1
         return short
+
+    def _taken(self) -> int:
+        return len(self._held) + len(self._adding) + len(self._removing)
 
     def _make_places(self, short: int) -> bool:
         """Evicts idle adapters, least recently used first, then marks busy ones; returns whether a mark was lifted."""

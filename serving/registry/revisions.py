@@ -79,5 +79,10 @@ class Revisions:
     def live_digests(self) -> set[str]:
         return {each.digest for each in self if each.live}
 
+    def fixed_digests(self) -> set[str]:
+        """Returns those whose files and weights are in use: they answer, or a last request ends on them."""
+        return {each.digest for each in self if each.status in {RevisionStatus.ADMITTED, RevisionStatus.RETIRING}}
+
     def pinned_digests(self) -> frozenset[str]:
-        return frozenset(each.digest for each in self if each.pinned and each.status is RevisionStatus.ADMITTED)
+        """A broken revision keeps its pin, and with it its place, for when it is registered again."""
+        return frozenset(each.digest for each in self if each.pinned)

@@ -9,6 +9,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from itertools import accumulate
 
+MAX_WEIGHT = 1_000_000  # far beyond, a draw would not fit a float
+
 
 @dataclass(frozen=True, slots=True)
 class Policy:
@@ -25,8 +27,15 @@ class Policy:
         """Returns what makes it no policy; empty where it is one."""
         if not self.weights:
             return ["weights is empty; give each label its share, for example {'stable': 90, 'canary': 10}"]
-        wrong = {label: weight for label, weight in self.weights.items() if type(weight) is not int or weight < 1}
-        return [f"weights[{label!r}] is {weight!r}; give a positive whole number" for label, weight in wrong.items()]
+        wrong = {
+            label: weight
+            for label, weight in self.weights.items()
+            if type(weight) is not int or not 1 <= weight <= MAX_WEIGHT
+        }
+        return [
+            f"weights[{label!r}] is {weight!r:.40}; give a whole number from 1 to {MAX_WEIGHT}"
+            for label, weight in wrong.items()
+        ]
 
     @property
     def labels(self) -> frozenset[str]:

@@ -11,11 +11,9 @@ from typing import Any
 
 PRELOAD = [
     "tests.integration.crash",
+    "tests.integration.warm",
     "training.__main__",
     "training.train",
-    "matplotlib.figure",
-    "matplotlib.backends.backend_agg",
-    "PIL.features",
 ]
 _WRITES = {"open", "os.rename", "os.mkdir", "os.rmdir", "os.remove", "shutil.rmtree"}  # audit events
 

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import importlib.metadata
 import io
 import json
 import random
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import httpx
 import pytest
+from fastapi import FastAPI
 from fastapi.testclient import TestClient
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
@@ -38,6 +42,7 @@ from training.rows import DataError
 SEED = 20261124
 CHATS = 1000  # of the two tokenizers that the recipes use
 FEWER = 150  # of each other style
+BATCH = 32  # requests at a time
 ALTERNATE = (
     "{% if (m['role'] == 'user') != (loop.index0 % 2 == 0) %}"
     "{{ raise_exception('After the optional system message, roles must alternate user/assistant') }}{% endif %}"
@@ -101,9 +106,8 @@ def fuzzed(count: int, *, system: bool) -> Iterator[list[Message]]:
         yield chat
 
 
-@contextlib.contextmanager
-def serving(base: Path, tokenizer: Any, folder: Path) -> Iterator[TestClient]:
-    """Yields a client of the real app over a copy of the tiny base that has this tokenizer."""
+def app_over(base: Path, tokenizer: Any, folder: Path) -> FastAPI:
+    """Returns the real app over a copy of the tiny base that has this tokenizer."""
     folder.mkdir()
     for path in base.iterdir():
         if path.suffix == ".safetensors" or path.name in ("config.json", "generation_config.json"):
@@ -112,40 +116,65 @@ def serving(base: Path, tokenizer: Any, folder: Path) -> Iterator[TestClient]:
     (folder / "config.json").write_text(json.dumps({**config, "max_position_embeddings": 100_000}))
     tokenizer.save_pretrained(folder)
     app, _ = make_fake_app(folder, {}, context_length=100_000)
-    with TestClient(app) as client:
-        yield client
+    return app
 
 
-def served(client: TestClient, chat: list[Message], *, prompt: bool) -> tuple[int, ...]:
-    messages = [{"role": message.role, "content": message.content} for message in chat]
-    body = {"model": "base", "messages": messages, "add_generation_prompt": prompt}
-    answer = client.post("/tokenize", json=body)
-    assert answer.status_code == 200, (answer.text, chat)
-    return tuple(answer.json()["tokens"])
+@dataclass(frozen=True)
+class Asked:
+    """A chat to tokenize, as a prompt to be answered or as it stands, and the ids that training has for it."""
+
+    chat: list[Message]
+    prompt: bool
+    expected: tuple[int, ...]
 
 
-def check(client: TestClient, tokenizer: Any, chat: list[Message], *, trims: bool) -> None:
+def check_served(app: FastAPI, asked: list[Asked]) -> None:
+    """Asks in batches on one event loop: a request from another thread takes ten switches of threads."""
+
+    async def post(client: httpx.AsyncClient, one: Asked) -> None:
+        messages = [{"role": message.role, "content": message.content} for message in one.chat]
+        body = {"model": "base", "messages": messages, "add_generation_prompt": one.prompt}
+        answer = await client.post("/tokenize", json=body)
+        assert answer.status_code == 200, (answer.text, one.chat)
+        assert tuple(answer.json()["tokens"]) == one.expected, one.chat
+
+    async def post_all() -> None:
+        transport = httpx.ASGITransport(app)
+        async with (
+            app.router.lifespan_context(app),
+            httpx.AsyncClient(transport=transport, base_url="http://app") as client,
+        ):
+            while (await client.get("/readyz")).status_code != 200:  # noqa: ASYNC110 - the app sets no event
+                await asyncio.sleep(0.01)
+            for start in range(0, len(asked), BATCH):
+                await asyncio.gather(*(post(client, one) for one in asked[start : start + BATCH]))
+
+    asyncio.run(post_all())
+
+
+def trained(tokenizer: Any, chat: list[Message], *, trims: bool) -> list[Asked]:
+    """Checks what is labelled; returns the whole chat, and the prompt of its last reply, which holds the others'."""
     example = render_example(tokenizer, chat)
-    assert served(client, chat, prompt=False) == example.input_ids, chat
     runs, end = labelled_runs(example), end_of_turn_id(tokenizer)
     replies = [index for index, message in enumerate(chat) if message.role == "assistant"]
     texts = [chat[index].content.strip() if trims else chat[index].content for index in replies]
     assert [text_of(tokenizer, run[:-1]) for run in runs] == texts, chat
     assert [run[-1] for run in runs] == [end] * len(replies)
-    trained = [at for at, label in enumerate(example.labels) if label >= 0]
-    starts = [at for at in trained if at - 1 not in trained]
-    for index, start in list(zip(replies, starts, strict=True))[-1:]:  # the last one's prompt holds the others
-        assert served(client, chat[:index], prompt=True) == example.input_ids[:start], chat
+    labelled = [at for at, label in enumerate(example.labels) if label >= 0]
+    starts = [at for at in labelled if example.labels[at - 1] < 0]
+    assert len(starts) == len(replies)
+    return [
+        Asked(chat, False, example.input_ids),
+        Asked(chat[: replies[-1]], True, example.input_ids[: starts[-1]]),
+    ]
 
 
 def sweep(base: Path, folder: Path, tokenizer: Any, count: int, *, system: bool, trims: bool = False) -> None:
-    seen = 0
-    with serving(base, tokenizer, folder) as client:
-        loaded = AutoTokenizer.from_pretrained(folder)  # as training loads it
-        for chat in fuzzed(count, system=system):
-            check(client, loaded, chat, trims=trims)
-            seen += 1
-    assert seen == count
+    app = app_over(base, tokenizer, folder)
+    loaded = AutoTokenizer.from_pretrained(folder)  # as training loads it
+    asked = [one for chat in fuzzed(count, system=system) for one in trained(loaded, chat, trims=trims)]
+    assert len(asked) == 2 * count
+    check_served(app, asked)
 
 
 def smollm2() -> Any:
@@ -180,20 +209,18 @@ def test_training_ids_are_the_served_ids_in_every_style(tiny_base: Path, tmp_pat
 
 
 def test_a_template_that_rewrites_history_is_trained_on_the_last_reply_alone(tiny_base: Path, tmp_path: Path):
-    tokenizer, refused = tokenizer_of("chatml", QWEN3_LIKE), 0
-    with serving(tiny_base, tokenizer, tmp_path / "base") as client:
-        for plain in fuzzed(FEWER, system=True):
-            chat = [Message(m.role, f"<think>hm</think>{m.content}") if m.role == "assistant" else m for m in plain]
-            example = render_example(tokenizer, chat, turns="last")
-            assert served(client, chat, prompt=False) == example.input_ids
-            (run,) = labelled_runs(example)
-            start = example.labels.index(run[0])
-            assert served(client, chat[:-1], prompt=True) == example.input_ids[:start]
-            replies = sum(message.role == "assistant" for message in chat)
-            if replies > 1:
-                refused += 1
-                with pytest.raises(TemplateError, match=r"last reply of a chat alone: --data\.turns last"):
-                    render_example(tokenizer, chat)
+    tokenizer, refused, asked = tokenizer_of("chatml", QWEN3_LIKE), 0, list[Asked]()
+    for plain in fuzzed(FEWER, system=True):
+        chat = [Message(m.role, f"<think>hm</think>{m.content}") if m.role == "assistant" else m for m in plain]
+        example = render_example(tokenizer, chat, turns="last")
+        (run,) = labelled_runs(example)
+        start = example.labels.index(run[0])
+        asked += [Asked(chat, False, example.input_ids), Asked(chat[:-1], True, example.input_ids[:start])]
+        if sum(message.role == "assistant" for message in chat) > 1:
+            refused += 1
+            with pytest.raises(TemplateError, match=r"last reply of a chat alone: --data\.turns last"):
+                render_example(tokenizer, chat)
+    check_served(app_over(tiny_base, tokenizer, tmp_path / "base"), asked)
     assert refused > 20
 
 
@@ -229,7 +256,7 @@ def test_a_chat_that_breaks_a_strict_template_is_a_400_with_its_message(
     tiny_base: Path, tmp_path: Path, name: str, chat: list[tuple[str, str]], told: str
 ):
     style, template, _ = TEMPLATES[name]
-    with serving(tiny_base, tokenizer_of(style, template), tmp_path / "base") as client:
+    with TestClient(app_over(tiny_base, tokenizer_of(style, template), tmp_path / "base")) as client:
         messages = [{"role": role, "content": text} for role, text in chat]
         for path in ("/tokenize", "/v1/chat/completions"):
             answer = client.post(path, json={"model": "base", "messages": messages})

@@ -39,6 +39,15 @@ def test_a_start_that_fails_prints_one_message_and_exits_2(tiny_base, tiny_adapt
         assert message in capsys.readouterr().err
 
 
+def test_a_port_that_another_has_is_told_as_such(tiny_base, capsys):
+    with socket.create_server(("127.0.0.1", 0)) as other:
+        port = other.getsockname()[1]
+        assert main(["--base", str(tiny_base), "--engine", "fake", "--port", str(port)]) == 2
+    printed = capsys.readouterr()
+    assert f"--port {port}: cannot listen there" in printed.err
+    assert "serving" not in printed.out
+
+
 def test_the_engine_is_the_one_that_was_asked_for(tiny_base):
     config = read_config(["--base", str(tiny_base), "--engine", "fake", "--max-batch", "3"], {})
     engine = make_engine(config, open_registry("base", tiny_base))
@@ -113,22 +122,15 @@ def test_vllm_has_a_slot_for_each_adapter_there_can_be_as_wide_as_the_widest(tin
     assert os.environ["VLLM_WORKER_MULTIPROC_METHOD"] == "spawn"
 
 
-def free_port() -> int:
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        return listener.getsockname()[1]
-
-
 @contextmanager
 def server_process(*arguments, code=None):
-    """`code` stands in for `-m serving`."""
-    port = free_port()
-    environment = {**os.environ, "GRAFT_PORT": str(port), "OMP_NUM_THREADS": "1"}
+    """Yields the process and its URL, as it says it; `code` stands in for `-m serving`."""
+    environment = {**os.environ, "GRAFT_PORT": "0", "OMP_NUM_THREADS": "1"}
     program = ["-m", "serving"] if code is None else ["-c", code]
     command = [sys.executable, *program, "--engine", "fake", *arguments]
     process = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     try:
-        yield process, f"http://127.0.0.1:{port}"
+        yield process, process.stdout.readline().split(" on ")[1].strip()
     finally:
         process.kill()
         process.communicate()

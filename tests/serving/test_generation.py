@@ -123,6 +123,28 @@ def test_plans_run_one_after_another_in_a_thread_and_the_loop_goes_on(catalog):
     with_generation(catalog, check, ready=False)
 
 
+def test_as_many_plans_wait_as_may_and_no_more(catalog, monkeypatch):
+    monkeypatch.setattr("serving.generation.MAX_PLANS", 2)
+
+    async def check(generation, model, engine):
+        release = threading.Event()
+        tasks = [asyncio.create_task(generation.plan(lambda: release.wait(20))) for _ in range(2)]
+        await asyncio.sleep(0)
+        with pytest.raises(Overloaded, match="2 requests wait to be planned") as caught:
+            await generation.plan(int)
+        assert caught.value.retry_after_s == 2
+        tasks.pop().cancel()
+        await asyncio.sleep(0.01)
+        tasks.append(asyncio.create_task(generation.plan(lambda: release.wait(20))))
+        await asyncio.sleep(0)
+        release.set()
+        assert await asyncio.gather(*tasks) == [True, True]
+        assert await generation.plan(int) == 0
+        generation.close()
+
+    with_generation(catalog, check, ready=False)
+
+
 def test_facts_have_the_times(catalog):
     async def check(generation, model, engine):
         facts = RequestFacts("id")
@@ -205,8 +227,9 @@ def test_the_deadline_ends_what_runs_and_what_waits(catalog):
     async def check(generation, model, engine):
         async with aclosing(start(generation, model, 1, RequestFacts("id"), max_tokens=200)) as long:
             await anext(long)
-            running = start(generation, model, 1, facts_of_ann(timeout_s=0.05), max_tokens=200)
+            running = start(generation, model, 1, facts_of_ann(timeout_s=1.0), max_tokens=200)
             await anext(running)
+            engine._token_delay_s = 60.0  # neither ends by itself
             waiting = start(generation, model, 1, facts_of_ann(timeout_s=0.02))
             with pytest.raises(DeadlineExceeded, match="x-request-timeout-s") as caught:
                 await anext(waiting)
@@ -223,8 +246,9 @@ def test_the_deadline_ends_what_runs_and_what_waits(catalog):
 
 def test_a_deadline_ends_what_a_slow_reader_left_unread(catalog):
     async def check(generation, model, engine):
-        async with aclosing(start(generation, model, 1, facts_of_ann(timeout_s=0.05), max_tokens=200)) as slow:
+        async with aclosing(start(generation, model, 1, facts_of_ann(timeout_s=1.0), max_tokens=200)) as slow:
             await anext(slow)
+            engine._token_delay_s = 60.0  # it does not end by itself
             await until(lambda: engine.stats().running == 0)
             assert engine.aborted == 1
             with pytest.raises(DeadlineExceeded):

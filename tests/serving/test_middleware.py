@@ -113,6 +113,16 @@ def test_the_log_line_says_whose_key_which_arm_and_how_long_it_waited(caplog):
     }
 
 
+def test_a_stream_that_broke_is_counted_whatever_broke_it():
+    async def cut(scope, receive, send):
+        await send({"type": "http.response.start", "status": 200, "headers": []})
+        scope["state"]["facts"].stream_error = "slow_reader"
+
+    metrics = Metrics(lambda: None)
+    call(RequestRecorder(cut, metrics))
+    assert b'graft_stream_errors_total{arm="",code="slow_reader",model=""} 1.0' in metrics.exposition()
+
+
 def test_the_time_that_is_left_counts_from_the_arrival():
     facts = RequestFacts("id")
     assert facts.left_s() is None

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
+
 import pytest
 from pydantic import ValidationError
 
@@ -13,6 +16,12 @@ from serving.registry.boot import open_registry
 from serving.response_format import ANY_OBJECT
 from serving.sampling import SamplingFields, choices_for, refuse_oversized, room_for
 from tests.tiny import make_tokenizer
+
+
+def test_planning_loads_neither_torch_nor_the_grammars_library():
+    code = "import sys, serving.__main__; sys.exit(str({'torch', 'llguidance', 'transformers'} & set(sys.modules)))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.stderr.strip() == "set()"
 
 
 @pytest.mark.parametrize(

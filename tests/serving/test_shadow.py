@@ -8,6 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 
 from tests.serving.managed import USER, Managed, managed_server
+from tests.serving.registry.adapters import vary
 from tests.tiny import make_tiny_adapter, wait_until
 
 SLOW = {"token_delay_s": 0.01, "end_of_turn_id": None}
@@ -154,13 +155,26 @@ def test_an_answer_that_its_client_left_has_no_shadow(serve):
     wait_until(lambda: managed.engine.stats().running == 0)
 
 
-def test_a_shadow_whose_files_are_damaged_is_counted_and_the_answer_stands(serve):
-    managed, _, second = serve(max_adapters=1)
+def test_a_shadow_whose_files_are_damaged_is_counted_and_the_answer_stands(serve, tiny_adapters, tmp_path):
+    vary(tiny_adapters["starter"], tmp_path / "root" / "third", 3)
+    managed, _, second = serve(max_adapters=2)
+    assert managed.chat("starter:stable").status_code == 200
+    third = managed.register("third", "third")["id"]
+    assert not managed.inspect(second)["resident"]
+    assert managed.admin.delete(f"/admin/revisions/{third}").status_code == 200
     weights = managed.state / "revisions" / managed.inspect(second)["digest"] / "adapter_model.safetensors"
     weights.chmod(0o644)
     weights.write_bytes(b"damaged")
-    assert managed.chat("starter").status_code == 200, "it takes the one place, so the shadow has to load again"
+    assert managed.chat("starter").status_code == 200
     wait_until(lambda: outcomes(managed) == {"failed": 1})
+
+
+def test_it_takes_no_other_revisions_place_in_the_engine(serve):
+    managed, first, second = serve(max_adapters=1)
+    for busy in (1, 2):
+        assert managed.chat("starter").status_code == 200
+        wait_until(lambda busy=busy: outcomes(managed) == {"busy": busy})
+        assert [managed.inspect(each)["resident"] for each in (first, second)] == [True, False]
 
 
 def test_a_retiring_revision_waits_for_its_shadow(serve):

@@ -71,6 +71,14 @@ def test_the_file_of_a_name_lies_in_the_directory(tmp_path):
     assert [path.name for path in tmp_path.rglob("*.jsonl")] == ["a~..~..~b.jsonl"]
 
 
+def test_names_that_end_like_a_file_have_logs_of_their_own(tmp_path):
+    log, names = ShadowLog(tmp_path, max_bytes=1), ("a", "a.1", "a.jsonl", "a.jsonl.1")
+    for name in names * 2:
+        log.append(name, [record(side(f"{name}@1", 3), side(f"{name}@2", 3))])
+    for name in names:
+        assert [each.answered.revision for each in log.records(name)] == [f"{name}@1"] * 2
+
+
 @pytest.mark.parametrize(
     ("first", "second", "shared"),
     [([], [], 0), ([1], [], 0), ([1, 2], [1, 2], 2), ([1, 2, 3], [1, 9, 3], 1), ([1], [1, 2], 1)],

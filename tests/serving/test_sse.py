@@ -42,6 +42,13 @@ def test_success_ends_in_done():
     assert source.closed
 
 
+def test_no_character_of_a_text_ends_a_line_for_any_client():
+    text = json.dumps("a\x85b\u2028c\u2029d\U0001f98ae\r\n", ensure_ascii=False)
+    (event, _) = collect(Source([text]))
+    assert len(event.decode().splitlines()) == 2, "one line, and an empty one"
+    assert json.loads(event.removeprefix(b"data: ")) == json.loads(text)
+
+
 def test_an_error_after_the_first_event_is_an_event_and_no_done():
     heard = []
     found = collect(Source(["{}"], EngineDead("it died")), heard)

@@ -44,6 +44,11 @@ def test_an_unknown_field_gets_a_suggestion():
     assert "remove it" in first_error(text="a", zzz=1)["msg"]
 
 
+def test_of_a_giant_unknown_name_only_the_beginning_is_compared_and_repeated():
+    error = first_error(text="a", **{"x" * 4_000_000: 1})
+    assert (error["type"], error["ctx"]["field"]) == ("unknown_field", "x" * 100)
+
+
 @pytest.mark.parametrize(
     "data", [{"text": None}, {}, {"text": 1}, {"text": "a", "count": "3"}, {"text": "a", "count": True}]
 )

@@ -102,17 +102,19 @@ def test_the_checkpoint_before_it_stays(tiny_base: Path, tmp_path: Path, monkeyp
     assert (out / BAD_BATCH).is_file()
 
 
-def with_scaler(run: Run, scale: float) -> torch.amp.GradScaler:
+def with_scaler(run: Run, scale: float, *, fused: bool = False) -> torch.amp.GradScaler:
     """Gives the run a real loss scaler, which on a CPU only a test asks for."""
     scaler = torch.amp.GradScaler("cpu", init_scale=scale)
     run.accelerator.scaler = scaler
-    run.optimizer = AcceleratedOptimizer(run.optimizer.optimizer, scaler=scaler)
+    trained = [parameter for parameter in run.peft_model.parameters() if parameter.requires_grad]
+    run.optimizer = AcceleratedOptimizer(torch.optim.AdamW(trained, fused=fused), scaler=scaler)
     return scaler
 
 
-def test_an_fp16_overflow_skips_the_update_and_is_counted(tiny_base: Path, tmp_path: Path, capsys):
+@pytest.mark.parametrize("fused", [False, True], ids=["plain", "fused, as on a GPU"])
+def test_an_fp16_overflow_skips_the_update_and_is_counted(tiny_base: Path, tmp_path: Path, capsys, fused: bool):
     run = make_run(tiny_base, tmp_path)
-    scaler = with_scaler(run, 65536.0)
+    scaler = with_scaler(run, 65536.0, fused=fused)
     parameter = next(p for name, p in run.peft_model.named_parameters() if "lora_B" in name)
     parameter.register_hook(lambda gradient: gradient * (float("inf") if scaler.get_scale() > 40000 else 1.0))
     before = parameter.detach().clone()

@@ -20,11 +20,13 @@ from training.artifact import (
     read_manifest,
     write_manifest,
 )
-from training.certificate import CertificateError, certify, read_held_out
+from training.certificate import CertificateError, certify, read_held_out, render_held_out
+from training.chat import IGNORED_LABEL, Message
 from training.deltas import Deltas, read_deltas
 from training.errors import TrainingError
 from training.ground import Onto
 from training.merge import merge
+from training.model import load_tokenizer
 from training.survival import BrokenMergeError
 
 CPU = torch.device("cpu")
@@ -172,6 +174,16 @@ def test_an_update_that_bfloat16_erased_fails_by_its_survival(tiny_base, tiny_ad
     assert any("left by rounding" in reason and "--dtype float16 or float32" in reason for reason in found.failures)
     assert abs(found.survival.share - 1) > 0.1
     assert f"{next(iter(found.survival.worst))} " in " ".join(found.failures)
+
+
+@pytest.mark.parametrize(("turns", "measured"), [(None, ["one", "two"]), ("all", ["one", "two"]), ("last", ["two"])])
+def test_the_replies_that_were_trained_are_measured(tiny_base, tiny_adapters, turns, measured):
+    manifest = read_manifest(tiny_adapters["starter"])
+    recipe = {"data": {"turns": turns}} if turns else {}
+    chat = (Message("user", "a"), Message("assistant", "one"), Message("user", "b"), Message("assistant", "two"))
+    (example,) = render_held_out(tiny_base, [chat], manifest.model_copy(update={"recipe": recipe}))
+    text = load_tokenizer(tiny_base).decode([label for label in example.labels if label != IGNORED_LABEL])
+    assert text == "".join(f"{reply}<|im_end|>" for reply in measured)
 
 
 @pytest.mark.parametrize("trained_in", ["float32", "bfloat16"])

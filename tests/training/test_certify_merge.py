@@ -7,8 +7,11 @@ import shutil
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import load_file, save_file
 
 from tests.tiny import make_certificate
+from tests.training.test_certificate import changed_adapter
 from training.artifact import read_certificate
 from training.certify_merge import certified_merge, summary
 from training.deltas import MergeError
@@ -28,7 +31,7 @@ def test_an_adapter_trained_on_plain_weights_has_one_way(tiny_base, tiny_adapter
             tiny_adapters["starter"],
             tiny_base,
             tmp_path / "merged",
-            dtype=None,
+            dtype="auto",
             held_out=held_out,
             rows=1,
             onto=onto,
@@ -42,6 +45,53 @@ def test_an_adapter_trained_on_plain_weights_has_one_way(tiny_base, tiny_adapter
         with pytest.raises(MergeError, match="no NF4 weights"):
             run(**refused)
     assert read_certificate(tmp_path / "merged") == found
+
+
+@pytest.fixture
+def erased(tiny_base, tiny_adapters, tmp_path) -> tuple[Path, Path]:
+    """A base in bfloat16, with the older name of its dtype, and an adapter whose update is half a step or less."""
+    base = shutil.copytree(tiny_base, tmp_path / "base")
+    (shard,) = base.glob("*.safetensors")
+    weights = {name: weight.bfloat16() for name, weight in load_file(shard).items()}
+    save_file(weights, shard, metadata={"format": "pt"})
+    config = json.loads((base / "config.json").read_text()) | dict.fromkeys(("dtype", "torch_dtype"), "bfloat16")
+    (base / "config.json").write_text(json.dumps(config))
+    return base, changed_adapter(tiny_adapters["starter"], tmp_path / "adapter", base, {}, scale=3e-3)
+
+
+def merge_in(dtype: str, base: Path, adapter: Path, held_out: Path):
+    out = adapter.with_name("merged")
+    found = certified_merge(adapter, base, out, dtype=dtype, held_out=held_out, rows=1, onto="plain", compare=False)
+    return found, summary(adapter, out, found)
+
+
+def test_an_update_that_the_bases_own_dtype_erases_is_written_in_float16_and_said_so(erased, held_out, tmp_path):
+    found, text = merge_in("bfloat16", *erased, held_out)
+    assert (found.passed, found.dtype_reason) == (False, None)
+    assert "--dtype float16 or float32" in text
+    found, text = merge_in("auto", *erased, held_out)
+    assert found.passed, found.failures
+    assert found.dtype == "float16"
+    assert found.survival.share == pytest.approx(1.0, abs=0.1)
+    assert "\nwritten in float16: bfloat16, the base's own, leaves 0." in "\n" + text
+    assert read_certificate(tmp_path / "merged") == found
+    (shard,) = (tmp_path / "merged").glob("*.safetensors")
+    assert {weight.dtype for weight in load_file(shard).values()} == {torch.float16}
+    config = json.loads((tmp_path / "merged" / "config.json").read_text())
+    assert (config["dtype"], "torch_dtype" in config) == ("float16", False)
+
+
+def test_what_float16_cannot_hold_stays_and_is_sent_to_float32(erased, tiny_adapters, held_out, tmp_path):
+    base, _ = erased
+    (shard,) = base.glob("*.safetensors")
+    weights = load_file(shard)
+    weights["model.embed_tokens.weight"][-1, 0] = 1e5
+    save_file(weights, shard, metadata={"format": "pt"})
+    adapter = changed_adapter(tiny_adapters["starter"], tmp_path / "other", base, {}, scale=3e-3)
+    found, text = merge_in("auto", base, adapter, held_out)
+    assert (found.passed, found.dtype) == (False, "bfloat16")
+    assert "float16 ends at 65504 and a weight is 99840" in text
+    assert "write it with --dtype float32;" in text
 
 
 def test_the_summary_has_the_verdict_its_numbers_and_the_comparison(tiny_base, tiny_adapters, tmp_path):

@@ -46,10 +46,22 @@ def test_a_full_disk_is_named(tmp_path: Path):
         Path("/dev/full").write_bytes(b"x")
 
 
-@pytest.mark.parametrize("error", [FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT)), ValueError("no")])
+@pytest.mark.parametrize(
+    "error",
+    [
+        FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT)),
+        PermissionError(errno.EACCES, os.strerror(errno.EACCES), "/data/rows.jsonl"),  # read, not written
+        ValueError("no"),
+    ],
+)
 def test_other_errors_stay_what_they_are(tmp_path: Path, error: Exception):
     with pytest.raises(type(error)), disk_failures(tmp_path):
         raise error
+
+
+def test_a_run_directory_that_may_not_be_written_is_named(tmp_path: Path):
+    with pytest.raises(DiskError, match=r"cannot write .*train_log\.jsonl: Permission denied"), disk_failures(tmp_path):
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(tmp_path / "train_log.jsonl"))
 
 
 def test_a_whole_write_replaces_nothing(tmp_path: Path):

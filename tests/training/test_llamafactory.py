@@ -148,6 +148,8 @@ def mapped(**changes: Any) -> tuple[TrainConfig, list[str]]:
         ({"warmup_ratio": None, "warmup_steps": 0.2}, "optim", "warmup_ratio", 0.2),
         ({"optim": "paged_adamw_8bit"}, "optim", "optimizer", "paged_adamw_8bit"),
         ({"neftune_noise_alpha": 5}, "optim", "neftune_alpha", 5),
+        ({"mask_history": True}, "data", "turns", "last"),
+        ({"mask_history": False}, "data", "turns", "all"),
         ({"val_size": 40}, "data", "held_out", 40),
         ({"val_size": 0.1}, "data", "held_out", 50),
         ({"early_stopping_steps": 3}, "run", "early_stopping_patience", 3),

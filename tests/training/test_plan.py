@@ -77,12 +77,12 @@ def test_a_gpu_is_planned_for_from_anywhere(tiny_base: Path, tmp_path: Path):
     assert plan.place.number_bytes == 2
 
 
-def probe(folder: Path, config: TrainConfig, steps: int) -> dict[str, str]:
-    """Runs the command in a fresh process, whose peak is its own, and returns its table."""
+def command(folder: Path, config: TrainConfig, name: str, *words: str) -> str:
+    """Runs the command in a fresh process, whose peak is its own, and returns its output."""
     recipe = folder / "recipe.toml"
     recipe.write_text(resolved_toml(config))
     done = subprocess.run(
-        [sys.executable, "-m", "training", "plan", str(recipe), "--probe", str(steps)],
+        [sys.executable, "-m", "training", name, str(recipe), *words],
         cwd=folder,
         env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
         capture_output=True,
@@ -90,7 +90,12 @@ def probe(folder: Path, config: TrainConfig, steps: int) -> dict[str, str]:
         check=False,
     )
     assert done.returncode == 0, done.stdout + done.stderr
-    return dict(re.split(r"\s{2,}", line, maxsplit=1) for line in done.stdout.splitlines())
+    return done.stdout
+
+
+def probe(folder: Path, config: TrainConfig, steps: int) -> dict[str, str]:
+    lines = command(folder, config, "plan", "--probe", str(steps)).splitlines()
+    return dict(re.split(r"\s{2,}", line, maxsplit=1) for line in lines)
 
 
 def gib(value: str) -> float:
@@ -107,17 +112,15 @@ def test_the_prediction_is_near_what_a_probe_measures(tiny_base: Path, tmp_path:
     check(probe(tmp_path, small_config(tiny_base, tmp_path), 3), 3, TOLERANCE)
 
 
-@pytest.fixture(scope="module")
-def smollm2_shape(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Random weights in the shape of SmolLM2-135M, with the tiny tokenizer."""
+def make_smollm2_shape(directory: Path, layers: int) -> Path:
+    """Writes random weights in the shape of SmolLM2-135M, with the tiny tokenizer."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    directory = tmp_path_factory.mktemp("smollm2") / "base"
     config = LlamaConfig(
         vocab_size=49152,
         hidden_size=576,
         intermediate_size=1536,
-        num_hidden_layers=30,
+        num_hidden_layers=layers,
         num_attention_heads=9,
         num_key_value_heads=3,
         tie_word_embeddings=True,
@@ -128,6 +131,19 @@ def smollm2_shape(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.slow
-def test_the_prediction_holds_in_smollm2s_shape(smollm2_shape: Path, tmp_path: Path):
-    config = small_config(smollm2_shape, tmp_path, optim={"micro_batch_tokens": 512, "batch_size": 16, "epochs": 1})
+def test_the_prediction_holds_in_smollm2s_shape(tmp_path: Path):
+    base = make_smollm2_shape(tmp_path / "base", layers=30)
+    config = small_config(base, tmp_path, optim={"micro_batch_tokens": 512, "batch_size": 16, "epochs": 1})
     check(probe(tmp_path, config, 1), 1, LARGER_TOLERANCE)
+
+
+@pytest.mark.slow
+def test_the_plan_after_a_probe_is_within_a_tenth_of_a_longer_runs_peak(tmp_path: Path):
+    """The run validates, saves and plots too, and its later steps may hold larger packs than those probed."""
+    base = make_smollm2_shape(tmp_path / "base", layers=4)
+    config = small_config(base, tmp_path, optim={"micro_batch_tokens": 256, "epochs": 3})
+    planned = gib(probe(tmp_path, config, 2)["peak, corrected"])
+    command(tmp_path, config, "train", "--out", "run")
+    records = [line for line in read_log(tmp_path / "run" / "train_log.jsonl") if "nll_nats" in line]
+    assert len(records) == 9
+    assert planned == pytest.approx(max(record["peak_gib"] for record in records), rel=0.1)

@@ -67,19 +67,26 @@ def test_what_cannot_be_followed_is_refused_by_name(changes: dict[str, str], tol
     [
         ({"lora": {"dora": True}}, "lora.dora"),
         ({"run": {"sample_prompts": ["hi"]}}, "run.sample_prompts"),
-        ({"model": {"dtype": "float16"}}, "model.dtype = 'float16'"),
         ({"optim": {"optimizer": "paged_adamw_8bit"}}, "paged_adamw_8bit"),
     ],
 )
 def test_a_recipe_that_needs_a_whole_model_is_refused(tmp_path: Path, sections: dict[str, Any], told: str):
     with pytest.raises(ShardingError, match=told):
-        require_shardable(small_config(tmp_path, tmp_path, **sections), processes=2)
+        require_shardable(small_config(tmp_path, tmp_path, **sections), processes=2, dtype=torch.float32)
+
+
+@pytest.mark.parametrize("dtype", ["float16", "auto"])
+def test_float16_is_refused_whether_it_was_asked_for_or_found_here(tmp_path: Path, dtype: str):
+    config = small_config(tmp_path, tmp_path, model={"dtype": dtype})
+    with pytest.raises(ShardingError, match=rf"model.dtype = '{dtype}' \(float16 here\)"):
+        require_shardable(config, processes=2, dtype=torch.float16)
+    require_shardable(config, processes=2, dtype=torch.bfloat16)
 
 
 def test_one_process_is_refused(tmp_path: Path):
-    require_shardable(small_config(tmp_path, tmp_path), processes=2)
+    require_shardable(small_config(tmp_path, tmp_path), processes=2, dtype=torch.float32)
     with pytest.raises(ShardingError, match="one process"):
-        require_shardable(small_config(tmp_path, tmp_path), processes=1)
+        require_shardable(small_config(tmp_path, tmp_path), processes=1, dtype=torch.float32)
 
 
 def test_weights_and_optimizer_state_return_as_they_were(tiny_base: Path, tmp_path: Path):

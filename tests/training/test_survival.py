@@ -106,6 +106,23 @@ def test_an_update_below_bfloat16s_step_is_found_erased(case: Case):
     assert min(found.worst.values()) == found.share_min < 0.1
 
 
+def test_small_updates_in_float16_are_told_from_those_of_another_layer(case: Case):
+    """Far below float16's smallest normal number, but not below its step where a weight is small."""
+    case.base = {name: weight.half() for name, weight in case.base.items()}
+    save_file(case.base, case.folder / "base.safetensors")
+    (case.folder / "base").mkdir()
+    (case.folder / "base.safetensors").rename(case.folder / "base" / "model.safetensors")
+    case.ground = type(case.ground)(case.folder / "base", frozenset(), torch.float32)
+    small = Deltas(case.deltas.a_RI, {n: b / 10_000 for n, b in case.deltas.b_OR.items()}, {}, case.deltas.scale)
+    right = {n: small.applied(n, w) if n in small.a_RI else w.float() for n, w in case.base.items()}
+    swapped = {Q0: case.base[Q0] + right[Q1] - case.base[Q1], Q1: case.base[Q1] + right[Q0] - case.base[Q0]}
+    assert max(float((right[n] - case.base[n]).abs().max()) for n in swapped) < torch.finfo(torch.half).smallest_normal
+    case.deltas = small
+    case.survival({n: w.half() for n, w in right.items()})
+    with pytest.raises(BrokenMergeError, match=rf"{Q0}: \d+ of 4096 numbers are not base [+] update"):
+        case.survival({n: w.half() for n, w in (right | swapped).items()})
+
+
 def test_an_adapter_that_changes_nothing_is_refused(case: Case):
     case.deltas = Deltas(case.deltas.a_RI, {n: b * 0 for n, b in case.deltas.b_OR.items()}, {}, case.deltas.scale)
     with pytest.raises(BrokenMergeError, match="changes nothing"):

@@ -85,7 +85,7 @@ def test_a_tracker_that_is_not_installed_is_refused_before_training(tiny_base: P
     config = small_config(tiny_base, tmp_path, run={"trackers": [absent[0]]})
     with pytest.raises(TrackerError, match=f"pip install {absent[0]}"):
         train(config, tmp_path / "run", tmp_path)
-    assert not (tmp_path / "run").exists()
+    assert not (tmp_path / "run" / "train_log.jsonl").exists()
 
 
 def test_an_unknown_tracker_is_named_with_the_nearest_known():

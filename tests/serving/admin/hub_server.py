@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import json
+import socket
+import struct
 import threading
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -13,8 +15,13 @@ COMMIT = "c" * 40
 
 
 @contextmanager
-def running_hub(repo: str, files: Mapping[str, bytes], status: int = 200) -> Iterator[tuple[str, list[str]]]:
-    """Yields the hub's URL and the paths of the files that were fetched from it; a `status` but 200 refuses all."""
+def running_hub(
+    repo: str, files: Mapping[str, bytes], status: int = 200, *, cuts: bool = False
+) -> Iterator[tuple[str, list[str]]]:
+    """Yields the hub's URL and the paths of the files that were fetched from it; a `status` but 200 refuses all.
+
+    With `cuts` the connection is reset within each file.
+    """
     fetched: list[str] = []
 
     class Handler(BaseHTTPRequestHandler):
@@ -43,6 +50,9 @@ def running_hub(repo: str, files: Mapping[str, bytes], status: int = 200) -> Ite
                 code, body, kind = 200, files[name], "application/octet-stream"
                 if with_body:
                     fetched.append(name)
+                if with_body and cuts:
+                    self.cut(len(body))
+                    return
             self.send_response(code)
             self.send_header("content-type", kind)
             self.send_header("content-length", str(len(body)))
@@ -53,6 +63,15 @@ def running_hub(repo: str, files: Mapping[str, bytes], status: int = 200) -> Ite
             self.end_headers()
             if with_body:
                 self.wfile.write(body)
+
+        def cut(self, length):
+            self.send_response(200)
+            self.send_header("content-length", str(length))
+            self.end_headers()
+            self.close_connection = True
+            self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))  # a reset
+            self.rfile.close()
+            self.connection.close()
 
     server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
     thread = threading.Thread(target=server.serve_forever, daemon=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import huggingface_hub
 import pytest
 
 from serving.admin.hub import download
@@ -42,6 +43,29 @@ def test_without_a_network_the_path_is_the_remedy(tmp_path):
     with pytest.raises(HubUnreachable, match="register it by `path`") as caught:
         download("ann/tuned", None, tmp_path, "http://127.0.0.1:9")
     assert caught.value.status == 502
+
+
+def test_a_file_that_leads_out_of_the_directory_is_refused_and_not_written(tmp_path):
+    inside = tmp_path / "in" / "adapter"
+    with (
+        running_hub("ann/tuned", {"../out.json": b"{}"}) as (url, _),
+        pytest.raises(BadRequest, match=r"\.\.") as caught,
+    ):
+        download("ann/tuned", None, inside, url)
+    assert caught.value.param == "hub_id"
+    assert not list(tmp_path.rglob("out.json"))
+
+
+def test_a_connection_lost_within_a_file_is_told_as_such(tmp_path):
+    with running_hub("ann/tuned", FILES, cuts=True) as (url, _), pytest.raises(HubUnreachable, match="register it by"):
+        download("ann/tuned", None, tmp_path, url)
+
+
+def test_a_download_leaves_nothing_outside_its_directory(tmp_path, monkeypatch):
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "home"))
+    with running_hub("ann/tuned", FILES) as (url, _):
+        download("ann/tuned", "v2", tmp_path / "adapter", url)
+    assert [path.name for path in tmp_path.iterdir()] == ["adapter"]
 
 
 def test_a_hub_in_trouble_is_no_fault_of_the_request(tmp_path):

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import shutil
+from pathlib import Path
 
 import httpx
 import pytest
@@ -115,6 +117,15 @@ def test_a_bad_adapter_is_refused_with_every_reason_and_recorded(shared, tiny_ad
     newest = shared.admin.get("/admin/revisions").json()["refusals"][0]
     assert (newest["name"], newest["source"], newest["reasons"]) == ("bad", "bad", found["reasons"])
     assert shared.chat("bad").status_code == 404
+
+
+def test_a_file_whose_name_is_no_unicode_is_refused_in_words_that_can_be_read_again(shared, tiny_adapters):
+    directory = shutil.copytree(tiny_adapters["starter"], shared.state.parent / "root" / "odd")
+    Path(os.fsdecode(os.fsencode(directory) + b"/\xff.bin")).write_bytes(b"")
+    response = shared.admin.post("/admin/revisions", json={"name": "odd", "path": "odd"})
+    reasons = error(response, 422, "adapter_rejected")["reasons"]
+    assert any(reason.startswith(r"\udcff.bin: may run code") for reason in reasons)
+    assert shared.admin.get("/admin/revisions").json()["refusals"][0]["reasons"] == reasons
 
 
 @pytest.mark.parametrize(

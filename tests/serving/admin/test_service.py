@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import shutil
+from pathlib import Path
 
 import pytest
 
@@ -29,7 +30,7 @@ def with_administration(tiny_base, state, hub, check):
         registry = open_registry("base", tiny_base, state_dir=state)
         engine = FakeEngine(context_length=512, vocabulary_size=registry.base.vocabulary.size)
         host, metrics = EngineHost(engine, registry.start), Metrics(engine.stats)
-        generation = Generation(host, registry, metrics, FairQueue(1, 1), Limiter())
+        generation = Generation(host, registry.base.vocabulary, metrics, FairQueue(1, 1), Limiter())
         shadows = Shadows(generation, registry, metrics, ShadowLog(state), max_batch=1)
         host.start()
         try:
@@ -54,17 +55,28 @@ def files(tiny_adapters, tmp_path_factory):
 
 
 def test_an_adapter_comes_from_a_hub(tiny_base, files, tmp_path):
-    files |= {"README.md": b"no part of it", ".gitattributes": b"nor this"}
+    seen: set[Path] = set()
+
+    class Watching(dict[str, bytes]):
+        def __getitem__(self, name: str) -> bytes:
+            seen.update(tmp_path.rglob("hub-*"))
+            return super().__getitem__(name)
+
+    files = Watching(files | {"README.md": b"no part of it", ".gitattributes": b"nor this"})
 
     async def check(administration, registry):
         body = RegisterRequest(name="starter", hub_id="ann/tuned", hub_revision="v1", label="stable")
         made = await administration.register(body)
         assert (made.status, made.labels) == ("admitted", ["stable"])
         assert registry.resolve("starter").revision == made.id
-        assert not list(tmp_path.glob("hub-*"))
+        assert not list(tmp_path.rglob("hub-*"))
 
     with running_hub("ann/tuned", files) as (url, _):
         with_administration(tiny_base, tmp_path, url, check)
+    (within,) = seen
+    within.mkdir()  # as a process that was killed leaves it
+    open_registry("base", tiny_base, state_dir=tmp_path)
+    assert not within.exists()
 
 
 def test_a_bad_one_is_refused_by_the_hubs_id(tiny_base, files, tmp_path):
@@ -74,7 +86,7 @@ def test_a_bad_one_is_refused_by_the_hubs_id(tiny_base, files, tmp_path):
         with pytest.raises(AdapterRejected, match="starter=ann/tuned is refused"):
             await administration.register(RegisterRequest(name="starter", hub_id="ann/tuned"))
         assert registry.revisions() == []
-        assert not list(tmp_path.glob("hub-*"))
+        assert not list(tmp_path.rglob("hub-*"))
 
     with running_hub("ann/tuned", files) as (url, _):
         with_administration(tiny_base, tmp_path, url, check)
@@ -84,6 +96,6 @@ def test_without_a_network_nothing_is_left(tiny_base, tmp_path):
     async def check(administration, registry):
         with pytest.raises(HubUnreachable, match="register it by `path`"):
             await administration.register(RegisterRequest(name="starter", hub_id="ann/tuned"))
-        assert not list(tmp_path.glob("hub-*"))
+        assert not list(tmp_path.rglob("hub-*"))
 
     with_administration(tiny_base, tmp_path, "http://127.0.0.1:9", check)

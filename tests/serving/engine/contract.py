@@ -82,6 +82,7 @@ async def gather(engine: Engine, request: GenerationRequest) -> Outcome:
     assert deltas, "a stream has at least one delta"
     assert [delta.finish_reason is not None for delta in deltas] == [False] * (len(deltas) - 1) + [True]
     assert all(delta.prompt_logprobs is None for delta in deltas[1:])
+    assert deltas[0].waited_s is None or deltas[0].waited_s >= 0
     assert all(delta.waited_s is None for delta in deltas[1:])
     for delta in deltas:
         if request.logprobs is None:

@@ -49,6 +49,17 @@ def test_an_end_of_turn_comes_now_and_then():
     run_check(check, subject(end_of_turn_id=2, token_delay_s=0))
 
 
+def test_without_an_end_of_turn_no_reply_ends_by_itself():
+    async def check(engine, about):
+        fields = {"max_tokens": 240, "stop_token_ids": frozenset(range(40)), "logprobs": 24}
+        for seed in range(5):
+            outcome = await gather(engine, ask(about, **fields, temperature=1.0, seed=seed))
+            assert len(outcome.token_ids) == 240
+            assert min(token_id for entry in outcome.logprobs for token_id, _ in entry.top) >= 40
+
+    run_check(check, subject(control_ids=frozenset(range(40)), token_delay_s=0))
+
+
 def test_rows_over_the_batch_wait_and_an_abort_counts():
     async def check(engine, about):
         tasks = [asyncio.create_task(gather(engine, ask(about, max_tokens=200))) for _ in range(3)]

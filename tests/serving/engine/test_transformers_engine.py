@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import threading
 from collections.abc import Awaitable, Callable
 from contextlib import aclosing
 from dataclasses import replace
@@ -226,6 +227,26 @@ def test_a_grammar_that_cannot_be_followed_ends_its_own_request_only(variants):
             await gather(engine, constrained(about, {"not": {}}, 0))
         assert len((await beside).token_ids) == 60
         await until(lambda: engine.stats().running + engine.stats().waiting == 0)
+
+    run_with(variants[:1], check)
+
+
+def test_an_engine_that_ends_while_a_grammar_compiles_ends_its_request(variants):
+    async def check(engine, about):
+        begun, go, finish = threading.Event(), threading.Event(), engine._grammars.compile
+
+        def compile_slowly(*arguments):
+            begun.set()
+            assert go.wait(20)
+            return finish(*arguments)
+
+        engine._grammars.compile = compile_slowly
+        asking = asyncio.create_task(gather(engine, constrained(about, {"const": 1}, 0)))
+        await until(begun.is_set)
+        await engine.stop()
+        go.set()
+        with pytest.raises(EngineDead, match="stopped"):
+            await asyncio.wait_for(asking, 20)
 
     run_with(variants[:1], check)
 

@@ -9,7 +9,7 @@ from types import SimpleNamespace
 import pytest
 
 from serving.engine.engine import Delta, FinishReason, GenerationRequest, Sampling, TokenLogprob, Variant, VariantKind
-from serving.engine.vllm_output import UNLIKELY_NATS, delta, nothing_to_score, score
+from serving.engine.vllm_output import UNLIKELY_NATS, StepMeter, delta, nothing_to_score, score
 from serving.errors import EngineDead
 
 PROMPT = (4, 5, 6)
@@ -27,17 +27,31 @@ def ranked(*entries: tuple[int, float, int]) -> dict[int, SimpleNamespace]:
 
 def output_of(token_ids, finish_reason=None, logprobs=None, prompt_logprobs=None) -> SimpleNamespace:
     completion = SimpleNamespace(token_ids=token_ids, finish_reason=finish_reason, logprobs=logprobs)
-    return SimpleNamespace(outputs=[completion], prompt_logprobs=prompt_logprobs)
+    metrics = SimpleNamespace(queued_ts=7.0, scheduled_ts=7.25)
+    return SimpleNamespace(outputs=[completion], prompt_logprobs=prompt_logprobs, metrics=metrics)
 
 
 def test_tokens_and_the_length_pass_through():
-    assert delta(request_of(), output_of([7, 8]), first=True) == Delta((7, 8))
-    assert delta(request_of(), output_of([9], "length"), first=True) == Delta((9,), finish_reason=FinishReason.LENGTH)
+    assert delta(request_of(), output_of([7, 8]), first=False) == Delta((7, 8))
+    assert delta(request_of(), output_of([9], "length"), first=False) == Delta((9,), finish_reason=FinishReason.LENGTH)
+
+
+def test_the_first_delta_says_how_long_vllm_kept_the_request_waiting():
+    assert delta(request_of(), output_of([7]), first=True).waited_s == 0.25
+    scored = output_of([6], "length", [ranked((6, -0.7, 1))], [None, ranked((5, -2.0, 3))])
+    assert score(request_of(prompt_logprobs=0), scored).waited_s == 0.25
+
+
+def test_steps_are_counted_with_what_each_left_waiting():
+    meter = StepMeter()
+    meter.record(SimpleNamespace(num_waiting_reqs=3), None, engine_idx=0)
+    meter.record(None, SimpleNamespace())  # an output without a step
+    assert (meter.steps, meter.waiting) == (1, 3)
 
 
 def test_the_stop_token_is_dropped_with_its_logprob():
     positions = [ranked((7, -0.5, 1)), ranked((2, -0.1, 1))]
-    found = delta(request_of(logprobs=0), output_of([7, 2], "stop", positions), first=True)
+    found = delta(request_of(logprobs=0), output_of([7, 2], "stop", positions), first=False)
     assert found == Delta((7,), (TokenLogprob(7, -0.5),), finish_reason=FinishReason.STOP)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import math
 import os
 import pickle
 import shutil
@@ -15,6 +16,7 @@ from safetensors.torch import load_file
 
 from serving.engine.transformers_engine import TransformersEngine
 from serving.errors import AdapterRejected
+from serving.registry.probing import ALLOWED_NF4_SHARE
 from serving.registry.revision import Reference, RevisionStatus
 from tests.serving.registry.adapters import (
     change_config,
@@ -24,7 +26,7 @@ from tests.serving.registry.adapters import (
     sign,
 )
 from tests.tiny import make_tiny_adapter, make_tiny_model
-from training.artifact import ADAPTER_WEIGHTS, PROBES_NAME
+from training.artifact import ADAPTER_CONFIG, ADAPTER_WEIGHTS, PROBES_NAME
 
 FIRST = "base_model.model.model.layers.0.self_attn.q_proj"
 
@@ -137,6 +139,7 @@ BAD = {
     "a foreign base": (manifest("base", fingerprint="0" * 64), "base fingerprint 000000000000"),
     "a foreign template": (manifest("chat", template_sha256="0" * 64), "template hash 000000000000"),
     "a file outside by its name": (manifest("", files={"../x": "0" * 64}), "../x: lies outside the adapter"),
+    "a file's name that none can have": (manifest("", files={"a\0b": "0" * 64}), "names what can be no file"),
     "NaN": (tensors(each("q_proj.lora_A", at((0, 0), torch.nan))), "q_proj.lora_A: holds NaN or infinite"),
     "infinity": (tensors(each("down_proj.lora_B", at((0, 0), torch.inf))), "down_proj.lora_B: holds NaN or infinite"),
     "values that overflow": (tensors(each("lora_B", lambda t: t * 1e38)), "are not finite"),
@@ -164,6 +167,8 @@ BAD = {
     "the scale of rsLoRA": (config(use_rslora=True), "from those that peft computed"),
     "another rank": (config(r=8), "r is 8, the manifest says rank 4"),
     "no rank": (config(r=None), "no rank can be read"),
+    "an infinite rank": (config(r=math.inf), "no rank can be read"),
+    "a configuration nested without end": (signed(write(ADAPTER_CONFIG, b"[" * 10**6)), "no rank can be read"),
     "a rank pattern": (config(rank_pattern={"q_proj": 2}), "q_proj.lora_A: shape (4, 64), this base and rank need (2"),
     "a rank above the limit": (config(rank_pattern={"q_proj": 64}), "serve with --max-rank 64"),
     "zeros": (tensors(each("lora_B", torch.zeros_like)), "it changes nothing"),
@@ -284,6 +289,56 @@ def test_the_engine_computes_what_peft_does_and_an_adapter_without_probes_is_adm
             assert revision.probe.from_reference_nats is None
         async with opened(tiny_base, adapter_roots=[tmp_path]) as registry:
             assert (await registry.register("a", Path("with"))).probe.reference is Reference.SIMULATED
+
+    asyncio.run(check())
+
+
+def references(compute, dtype, *, base_nats=0.0, effect=1.0, adapter_nats=0.0):
+    """Makes the probes those of another training: on a base that lies apart, with another effect, or rounded."""
+
+    def change(document):
+        document.update(compute=compute, dtype=dtype)
+        for probe in document["probes"]:
+            pairs = list(zip(probe["base_logprobs"], probe["adapter_logprobs"], strict=True))
+            probe["base_logprobs"] = [base + base_nats for base, _ in pairs]
+            probe["adapter_logprobs"] = [
+                base + base_nats + effect * (adapter - base) + adapter_nats for base, adapter in pairs
+            ]
+
+    return probes(change)
+
+
+# Allowed nats, or None for a refusal; beside NF4 a share of the distance from the base.
+TOLERANCES = {
+    "a quantised base": (references("nf4", "bfloat16", base_nats=0.4), ALLOWED_NF4_SHARE),
+    "an effect that quantisation moved": (
+        references("nf4", "bfloat16", base_nats=0.4, effect=0.8),
+        0.8 * ALLOWED_NF4_SHARE,
+    ),
+    "twice the scale of NF4": (references("nf4", "bfloat16", base_nats=0.4, effect=0.5), None),
+    "the other way than NF4": (references("nf4", "bfloat16", effect=-1.0), None),
+    "rounding of 16 bits": (references("plain", "bfloat16", adapter_nats=0.02), 0.05),
+    "rounding of half the precision": (references("plain", "float16", base_nats=0.02, adapter_nats=-0.05), 0.05),
+    "more than rounding of 16 bits": (references("plain", "bfloat16", adapter_nats=0.2), None),
+    "another base in 16 bits": (references("plain", "bfloat16", base_nats=0.4), None),
+    "an engine that rounds more than peft": (references("plain", "float32", base_nats=0.02), 0.05),
+    "rounding that float32 has not": (references("plain", "float32", adapter_nats=0.02), None),
+}
+
+
+def test_what_is_allowed_is_what_the_precisions_of_training_and_engine_explain(tiny_base, adapter, tmp_path):
+    async def check():
+        async with opened(tiny_base, real_engine(tiny_base), adapter_roots=[tmp_path]) as registry:
+            for number, (kind, (change, allowed)) in enumerate(TOLERANCES.items()):
+                change(shutil.copytree(adapter, tmp_path / str(number)))
+                if allowed is None:
+                    assert "from those that peft computed" in await refusal(registry, str(number)), kind
+                    continue
+                found = (await registry.register("a", Path(str(number)))).probe
+                share = found.from_base_nats if "nf4" in (tmp_path / str(number) / PROBES_NAME).read_text() else 1.0
+                assert found.reference is Reference.MATCHED, kind
+                assert found.allowed_nats == pytest.approx(allowed * share, rel=1e-3), kind
+                assert found.from_reference_nats <= found.allowed_nats, kind
 
     asyncio.run(check())
 

@@ -12,11 +12,11 @@ from pathlib import Path
 
 import pytest
 
-from serving.errors import AdapterRejected, ModelNotFound, RevisionUnavailable
+from serving.errors import AdapterRejected, Conflict, ModelNotFound, RevisionUnavailable
 from serving.registry.boot import open_registry
-from serving.registry.revision import RevisionStatus
+from serving.registry.revision import Revision, RevisionStatus
 from serving.registry.routing import Policy
-from serving.registry.state import StateError
+from serving.registry.state import State, StateError
 from tests.serving.registry.adapters import (
     change_manifest,
     digest_of,
@@ -149,6 +149,31 @@ def test_a_damaged_revision_is_broken_and_the_rest_serves(tiny_base, root, optio
             healed = await registry.register("a", Path("v1"))
             assert (healed.status, healed.reasons) == (RevisionStatus.ADMITTED, ())
             assert registry.resolve("a").variant.digest == one.digest
+            assert (await registry.register("b", Path("v2"))).status is RevisionStatus.ADMITTED
+            assert registry.resolve("b").system_prompt is None, "not that of the changed manifest"
+
+    asyncio.run(check())
+
+
+def test_a_broken_revision_keeps_its_pin_and_its_place(tiny_base, root, options):
+    async def check():
+        async with opened(tiny_base, **options) as registry:
+            one = await registry.register("a", Path("v1"))
+            registry.pin("a", one.digest, True)
+        (options["state_dir"] / "revisions" / one.digest / "tokenizer.json").unlink()
+        async with opened(tiny_base, max_adapters=2, **options) as registry:
+            two = await registry.register("a", Path("v2"))
+            with pytest.raises(Conflict, match="would leave no place"):
+                registry.pin("a", two.digest, True)
+            await registry.register("a", Path("v1"))
+            for name in ("v3", "v4"):
+                await registry.register("a", Path(name))
+                assert one.digest in registry.residency.resident()
+        (options["state_dir"] / "revisions" / one.digest / "tokenizer.json").unlink()
+        async with opened(tiny_base, max_adapters=2, **options) as registry:
+            assert not registry.pin("a", one.digest, False).pinned
+            assert registry.revision("a", one.digest).status is RevisionStatus.BROKEN
+            assert registry.pin("a", two.digest, True).pinned
 
     asyncio.run(check())
 
@@ -231,6 +256,11 @@ def test_the_largest_rank_is_that_of_what_is_known_and_at_least_sixteen(tiny_bas
     assert open_registry("base", tiny_base, max_rank=64).max_rank == 64
     with pytest.raises(AdapterRejected, match="rank 4, at most 2 run here; serve with --max-rank 4"):
         open_registry("base", tiny_base, adapters=tiny_adapters, max_rank=2)
+    state = State(tmp_path / "state")
+    with state.transaction():
+        state.put_revision(Revision("gone", "a" * 64, RevisionStatus.RETIRED, 1.0, 64, "b" * 64))
+    state.close()
+    assert open_registry("base", tiny_base, state_dir=tmp_path / "state").max_rank == 16, "what is gone needs no room"
     wide = shutil.copytree(tiny_adapters["starter"], tmp_path / "wide")
     change_manifest(wide, "lora", rank=32)
     with pytest.raises(AdapterRejected, match="r is 4, the manifest says rank 32"):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import signal
 import subprocess
@@ -11,7 +12,7 @@ import pytest
 
 from serving.engine.engine import Variant, VariantKind
 from serving.errors import AdapterRejected
-from serving.registry.files import RevisionFiles
+from serving.registry.files import RevisionFiles, structure_problems
 from tests.serving.registry.adapters import change_manifest, digest_of, vary
 from training.artifact import ADAPTER_WEIGHTS, ArtifactError, hash_files, verify_adapter
 
@@ -58,14 +59,47 @@ def test_taking_again_changes_nothing_and_heals_what_was_damaged(files, source):
     assert names(files) == [digest]
 
 
-def test_another_manifest_under_the_same_digest_is_refused(files, source):
+def test_another_manifest_under_a_fixed_digest_is_refused(files, source):
     """The digest covers the files alone; the manifest says how prompts are rendered."""
     digest = files.take(source, verify_adapter).digest
     change_manifest(source, "chat", stop_token_ids=(1, 2))
     assert digest_of(source) == digest
     with pytest.raises(ArtifactError, match="base, chat or lora differ"):
-        files.take(source, verify_adapter)
+        files.take(source, verify_adapter, {digest})
+    assert verify_adapter(files.path(digest)).chat != verify_adapter(source).chat
+    files.take(source, verify_adapter)  # nobody answers by it, so a manifest that changed on the disk heals
+    assert verify_adapter(files.path(digest)).chat == verify_adapter(source).chat
     assert names(files) == [digest]
+
+
+def link_the_weights(source, outside):
+    shutil.move(source / ADAPTER_WEIGHTS, outside)
+    (source / ADAPTER_WEIGHTS).symlink_to(outside)
+
+
+def link_the_directory(source, outside):
+    source.rename(outside)
+    source.symlink_to(outside)
+
+
+def lay_a_pipe(source, outside):
+    (source / ADAPTER_WEIGHTS).unlink()
+    os.mkfifo(source / ADAPTER_WEIGHTS)
+
+
+@pytest.mark.parametrize("swap", [link_the_weights, link_the_directory, lay_a_pipe])
+def test_what_is_swapped_between_the_look_and_the_copy_is_refused(files, source, tmp_path, monkeypatch, swap):
+    """The same bytes elsewhere, so that only where they lie can tell."""
+
+    def look(directory):
+        problems = structure_problems(directory)
+        swap(directory, tmp_path / "outside")
+        return problems
+
+    monkeypatch.setattr("serving.registry.files.structure_problems", look)
+    with pytest.raises(ArtifactError, match="was replaced while it was copied"):
+        files.take(source, verify_adapter)
+    assert names(files) == []
 
 
 def test_what_is_refused_leaves_nothing(files, source):
@@ -99,8 +133,8 @@ point, root, source = sys.argv[1], Path(sys.argv[2]), Path(sys.argv[3])
 die = lambda *arguments, **others: os.kill(os.getpid(), signal.SIGKILL)
 files = module.RevisionFiles(root)
 if point == "copy":
-    real, calls = shutil.copyfile, []
-    shutil.copyfile = lambda *each: die() if len(calls) == 2 else (calls.append(1), real(*each))
+    real, calls = shutil.copyfileobj, []
+    shutil.copyfileobj = lambda *each: die() if len(calls) == 2 else (calls.append(1), real(*each))
 if point == "rename":
     Path.rename = die
 if point == "remove":

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from serving.engine.engine import GenerationRequest, Sampling
+from serving.engine.fake_engine import FakeEngine
 from serving.engine.transformers_engine import TransformersEngine
 from serving.errors import (
     AdapterRejected,
@@ -23,6 +24,7 @@ from serving.errors import (
 from serving.registry.boot import open_registry
 from serving.registry.revision import RevisionStatus
 from serving.registry.routing import Policy
+from tests.serving.engine.contract import until
 from tests.serving.registry.adapters import digest_of, fake_engine, opened, vary
 
 
@@ -128,7 +130,10 @@ def test_promotion_compares_and_swaps(tiny_base, root):
             registry.promote("a", "stable", three, expected=one)
         with pytest.raises(Conflict, match="points at nothing"):
             registry.promote("a", "canary", three, expected=one)
+        with pytest.raises(Conflict):
+            registry.promote("a", "stable", three, expected="")
         assert registry.resolve("a").variant.digest == two
+        assert registry.promote("a", "stable", two, expected=two[:12]).digest == two, "a digest as revisions show it"
         with pytest.raises(ModelNotFound):
             registry.promote("a", "stable", "0" * 64)
         for label in ("", "Stable", "a b", "x" * 33, "a:b", "a@b"):
@@ -192,14 +197,16 @@ def test_policies_route_and_hold_their_labels(tiny_base, root):
     run(check, tiny_base, root)
 
 
-def test_a_name_without_stable_is_resolved_by_its_heaviest_arm(tiny_base, root):
+def test_a_name_that_is_never_routed_to_stable_is_resolved_by_its_heaviest_arm(tiny_base, root):
     async def check(registry, engine):
         await registry.register("b", Path("v2"), "blue")
         three = await registry.register("b", Path("v3"), "green")
         with pytest.raises(ModelNotFound):
             registry.resolve("b")
-        registry.set_policy("b", Policy({"blue": 1, "green": 2}))
-        assert registry.resolve("b").variant.digest == three.digest
+        for policy in (Policy({"blue": 1, "green": 2}), Policy({"green": 1})):
+            registry.set_policy("b", policy)
+            assert registry.resolve("b").variant.digest == three.digest
+            await registry.register("b", Path("v1"), "stable")  # which the policy does not route to
 
     run(check, tiny_base, root)
 
@@ -240,6 +247,28 @@ def test_retiring_drains_then_frees_engine_and_files(tiny_base, root, tmp_path):
         held(registry, f"a@{one}")
 
     run(check, tiny_base, root, state_dir=tmp_path)
+
+
+def test_a_registration_that_is_cancelled_leaves_a_draining_request_its_weights(tiny_base, root):
+    async def check(registry, engine):
+        one = digest_of(root / "v1")
+        lease = registry.lease("a")
+        await lease.ready()
+        await registry.register("a", Path("v2"), "stable")
+        retiring = asyncio.create_task(registry.retire("a", one))
+        deltas = engine.generate(asked(lease.model.variant))
+        await anext(deltas)  # it has the only row, so the probes wait
+        registering = asyncio.create_task(registry.register("b", Path("v1")))
+        await until(lambda: engine.stats().waiting == 1)
+        registering.cancel()
+        await asyncio.gather(registering, return_exceptions=True)
+        assert one in registry.residency.resident()
+        await deltas.aclose()
+        lease.release()
+        assert (await retiring).status is RevisionStatus.RETIRED
+        assert one not in engine._variants
+
+    run(check, tiny_base, root, engine=FakeEngine(context_length=512, vocabulary_size=400, max_batch=1))
 
 
 def asked(variant):

@@ -86,6 +86,24 @@ def test_many_who_want_one_adapter_load_it_once():
     run(check, 1)
 
 
+def test_there_is_a_place_for_what_is_held_and_for_more_until_another_had_to_leave():
+    async def check(residency, engine):
+        await use(residency, A)
+        assert [residency.has_place(each.digest) for each in (A, B)] == [True, True]
+        await use(residency, B)
+        assert [residency.has_place(each.digest) for each in (A, B, C)] == [True, True, False]
+        await residency.enter(A)
+        await residency.enter(B)
+        waiting = asyncio.create_task(residency.enter(C))
+        await settled()
+        assert [residency.has_place(each.digest) for each in (A, B)].count(False) == 1, "one is about to leave"
+        residency.leave(A)
+        residency.leave(B)
+        await waiting
+
+    run(check, 2)
+
+
 def test_what_is_used_is_never_evicted_and_who_waits_gets_its_place():
     async def check(residency, engine):
         await residency.enter(A)

@@ -49,8 +49,10 @@ def test_a_larger_weight_moves_keys_towards_it_only():
     assert {third[key] for key in KEYS if third[key] != before[key]} == {"next"}
 
 
-@pytest.mark.parametrize("weights", [{}, {"stable": 0}, {"stable": -1}, {"stable": 1.5}, {"stable": True}])
-def test_a_policy_without_positive_whole_weights_is_none(weights):
+@pytest.mark.parametrize(
+    "weights", [{}, {"stable": 0}, {"stable": -1}, {"stable": 1.5}, {"stable": True}, {"stable": 10**400}]
+)
+def test_a_policy_without_positive_whole_weights_that_can_be_drawn_is_none(weights):
     assert Policy(weights).problems()
     assert not CANARY.problems()
 
