@@ -285,3 +285,11 @@ def test_inputs_are_the_same_until_a_flag_or_a_file_changes(tmp_path):
     assert probe("digest", "--adapter", f"b={tmp_path}").stdout != before
     (tmp_path / "weights").write_text("three")
     assert probe("digest", "--adapter", f"a={tmp_path}").stdout != before
+
+
+@pytest.mark.parametrize("flag", ["--state", "--adapter-root"])
+def test_what_the_server_writes_or_is_told_of_is_no_input(tmp_path, flag):
+    before = probe("digest", flag, str(tmp_path)).stdout
+    (tmp_path / "registry.sqlite").write_text("a label moved")
+    assert probe("digest", flag, str(tmp_path)).stdout == before
+    assert probe("digest", flag, str(tmp_path.parent)).stdout != before

@@ -125,7 +125,8 @@ def _missing_targets(config: AdapterConfig, layers: Iterable[str]) -> list[str]:
     if not isinstance(config.target_modules, list):
         return []
     found = [f".{layer}" for layer in layers]
-    missing = [name for name in config.target_modules if not any(layer.endswith(f".{name}") for layer in found)]
+    wanted = sorted(config.target_modules)  # peft writes a set: its order differs from run to run
+    missing = [name for name in wanted if not any(layer.endswith(f".{name}") for layer in found)]
     return [f"target_modules names {name!r}, and no tensor belongs to it" for name in missing]
 
 
