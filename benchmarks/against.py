@@ -24,8 +24,8 @@ from random import Random
 import httpx
 
 from benchmarks.machine import describe_machine
+from evalharness.load.plan import MIXED
 
-MIXED = "mixed"
 LEAD_S = 0.5  # from handing the work out to its common start
 
 

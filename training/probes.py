@@ -9,8 +9,8 @@ from typing import Any, Literal
 import torch
 
 from training.artifact import PROBES_NAME, Probe, Probes
-from training.batch import Pack
-from training.chat import IGNORED_LABEL, Message, render_example, with_default_system
+from training.batch import join_rows, targets
+from training.chat import IGNORED_LABEL, Message, TrainExample, render_example, with_default_system
 from training.model import PackLoss
 from training.proof import ProbeError
 
@@ -95,21 +95,12 @@ def _score(model: Any, rows: Sequence[_Row]) -> list[tuple[tuple[float, ...], tu
 @torch.no_grad()
 def _reply_logprobs(model: Any, rows: Sequence[_Row]) -> list[tuple[float, ...]]:
     """Computes all rows in one pack: NF4 weights are made dense once."""
-    pack = _pack(rows).to(model.device)
-    hidden_TD = PackLoss(model).hidden(pack)
-    logits_NV = model.get_base_model().get_output_embeddings()(hidden_TD[pack.labels_T != IGNORED_LABEL])
-    wanted_N = pack.labels_T[pack.labels_T != IGNORED_LABEL]
+    examples = [TrainExample(ids, (IGNORED_LABEL,) * start + ids[start:]) for ids, start in rows]
+    pack = join_rows(examples).to(model.device)
+    targets_T = targets(pack)
+    scored_T = targets_T != IGNORED_LABEL
+    logits_NV = model.get_base_model().get_output_embeddings()(PackLoss(model).hidden(pack)[scored_T])
+    wanted_N = targets_T[scored_T]
     scores_N = logits_NV.float().log_softmax(-1).gather(1, wanted_N[:, None]).squeeze(1)
     found = scores_N.split([len(ids) - start for ids, start in rows])
     return [tuple(round(min(score, 0.0), 6) for score in part.tolist()) for part in found]
-
-
-def _pack(rows: Sequence[_Row]) -> Pack:
-    """Returns the rows end to end; a label is the reply token that its position predicts."""
-    wanted = [(IGNORED_LABEL,) * (start - 1) + ids[start:] + (IGNORED_LABEL,) for ids, start in rows]
-    return Pack(
-        torch.tensor([token for ids, _ in rows for token in ids]),
-        torch.tensor([label for labels in wanted for label in labels]),
-        torch.tensor([position for ids, _ in rows for position in range(len(ids))]),
-        tuple(len(ids) for ids, _ in rows),
-    )

@@ -12,8 +12,15 @@ from pathlib import Path
 
 import torch
 
-from training.batch import Pack
-from training.chat import QWEN_SYSTEM_PROMPT, Message, end_of_turn_id, render_prompt, with_default_system
+from training.batch import join_rows
+from training.chat import (
+    QWEN_SYSTEM_PROMPT,
+    Message,
+    TrainExample,
+    end_of_turn_id,
+    render_prompt,
+    with_default_system,
+)
 from training.log import read_log
 from training.model import PackLoss
 from training.run import Run
@@ -117,9 +124,7 @@ def greedy(run: Run, prompts: Sequence[Sequence[int]], limit: int) -> list[list[
 
 
 def _next_tokens(run: Run, network: PackLoss, rows: Sequence[Sequence[int]]) -> list[int]:
-    ids = torch.tensor([token for row in rows for token in row])
-    positions = torch.tensor([at for row in rows for at in range(len(row))])
-    pack = Pack(ids, ids, positions, tuple(map(len, rows))).to(run.accelerator.device)
+    pack = join_rows([TrainExample(tuple(row), tuple(row)) for row in rows]).to(run.accelerator.device)
     ends = torch.tensor(pack.row_lengths, device=pack.input_ids_T.device).cumsum(0) - 1
     with run.accelerator.autocast():
         hidden_ND = network.hidden(pack)[ends]

@@ -17,7 +17,7 @@ import httpx
 import pytest
 from fastapi import FastAPI
 from fastapi.testclient import TestClient
-from transformers import AutoTokenizer, PreTrainedTokenizerFast
+from transformers import AutoTokenizer
 
 from tests.tiny import make_fake_app
 from tests.training.recipes import small_config
@@ -27,10 +27,9 @@ from tests.training.test_chat import (
     MISTRAL,
     PIECES,
     QWEN3_LIKE,
-    QWEN_PATTERN,
     QWEN_TEMPLATE,
     labelled_runs,
-    qwen_ranks,
+    qwen_tokenizer,
     text_of,
     tokenizer_of,
 )
@@ -186,18 +185,7 @@ def smollm2() -> Any:
         return AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
 
 
-def qwen2() -> Any:
-    from transformers.convert_slow_tokenizer import TikTokenConverter
-
-    ranks = qwen_ranks()
-    if ranks is None:
-        pytest.skip("dashscope is not installed: pip install --no-deps dashscope")
-    specials = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
-    raw = TikTokenConverter(str(ranks), pattern=QWEN_PATTERN, extra_special_tokens=specials).converted()
-    return PreTrainedTokenizerFast(tokenizer_object=raw, chat_template=QWEN_TEMPLATE, bos_token="<|endoftext|>")
-
-
-@pytest.mark.parametrize("build", [smollm2, qwen2])
+@pytest.mark.parametrize("build", [smollm2, qwen_tokenizer])
 def test_training_ids_are_the_served_ids(tiny_base: Path, tmp_path: Path, build: Any):
     sweep(tiny_base, tmp_path / "base", build(), CHATS, system=True)
 

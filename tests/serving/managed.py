@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -86,3 +86,10 @@ def managed_server(
 
 def client(url: str, key: str) -> httpx.Client:
     return httpx.Client(base_url=url, headers={"authorization": f"Bearer {key}"}, timeout=30)
+
+
+@contextmanager
+def server_starter(base: Path, adapters: dict[str, Path], directory: Path) -> Iterator[Callable[..., Managed]]:
+    """Yields `start(**options)`, which starts a managed server; all end with it."""
+    with ExitStack() as running:
+        yield lambda **options: running.enter_context(managed_server(base, adapters, directory, **options))

@@ -9,7 +9,7 @@ import httpx
 import openai
 import pytest
 
-from tests.serving.managed import USER, Managed, client, managed_server
+from tests.serving.managed import USER, Managed, client, managed_server, server_starter
 from tests.tiny import wait_until
 
 SLOW = {"token_delay_s": 0.01, "end_of_turn_id": None}
@@ -18,19 +18,15 @@ SLOW = {"token_delay_s": 0.01, "end_of_turn_id": None}
 @pytest.fixture
 def serve(tiny_base, tiny_adapters, tmp_path):
     """`serve(**options)` starts a server whose "starter" is stable at one revision; "other" is below the root too."""
-    running = []
+    with server_starter(tiny_base, tiny_adapters, tmp_path) as start_server:
 
-    def start(**options) -> tuple[Managed, str, str]:
-        context = managed_server(tiny_base, tiny_adapters, tmp_path, **options)
-        running.append(context)
-        managed = context.__enter__()
-        first = managed.register("starter", "starter", "stable")["digest"]
-        second = managed.register("starter", "other", "canary")["digest"]
-        return managed, first, second
+        def start(**options) -> tuple[Managed, str, str]:
+            managed = start_server(**options)
+            first = managed.register("starter", "starter", "stable")["digest"]
+            second = managed.register("starter", "other", "canary")["digest"]
+            return managed, first, second
 
-    yield start
-    for context in running:
-        context.__exit__(None, None, None)
+        yield start
 
 
 @pytest.fixture(scope="module")

@@ -14,6 +14,7 @@ from training import merge as merging
 from training.artifact import (
     ADAPTER_CONFIG,
     ADAPTER_WEIGHTS,
+    MergeCertificate,
     fingerprint_base,
     hash_files,
     read_certificate,
@@ -43,12 +44,17 @@ def held_out(tmp_path: Path) -> Path:
     return path
 
 
+def merge_certified(
+    adapter: Path, base: Path, out: Path, held_out: Path, dtype: torch.dtype | None = None
+) -> MergeCertificate:
+    """Merges with a certificate on four held-out rows."""
+    chats = read_held_out(held_out, 4)
+    return merge(adapter, base, out, dtype, lambda directory: certify(adapter, base, directory, chats, CPU))
+
+
 @pytest.fixture
 def merged(tiny_base: Path, tiny_adapters: dict[str, Path], tmp_path: Path, held_out: Path) -> Path:
-    def measure(directory: Path):
-        return certify(tiny_adapters["starter"], tiny_base, directory, read_held_out(held_out, 4), CPU)
-
-    assert merge(tiny_adapters["starter"], tiny_base, tmp_path / "merged", None, measure).passed
+    assert merge_certified(tiny_adapters["starter"], tiny_base, tmp_path / "merged", held_out).passed
     return tmp_path / "merged"
 
 
@@ -85,13 +91,7 @@ def test_a_merge_in_16_bits_is_held_to_the_rounding_measured_in_its_own_run(
     tiny_base, tiny_adapters, held_out, tmp_path
 ):
     adapter = tiny_adapters["starter"]
-    found = merge(
-        adapter,
-        tiny_base,
-        tmp_path / "bf16",
-        torch.bfloat16,
-        lambda directory: certify(adapter, tiny_base, directory, read_held_out(held_out, 4), CPU),
-    )
+    found = merge_certified(adapter, tiny_base, tmp_path / "bf16", held_out, torch.bfloat16)
     assert found.passed, found.failures
     assert found.dtype == "bfloat16"
     assert 0 < found.kl_nats_rounding < found.kl_nats_base_mean
@@ -131,13 +131,7 @@ def test_a_wrong_formula_fails_against_peft(monkeypatch, tiny_base, tiny_adapter
     monkeypatch.setattr(merging, "read_deltas", wrong_scale(factor))
     monkeypatch.setattr("training.certificate.read_deltas", wrong_scale(factor))
     adapter = tiny_adapters["starter"]
-    found = merge(
-        adapter,
-        tiny_base,
-        tmp_path / "merged",
-        None,
-        lambda directory: certify(adapter, tiny_base, directory, read_held_out(held_out, 4), CPU),
-    )
+    found = merge_certified(adapter, tiny_base, tmp_path / "merged", held_out)
     assert any("KL" in reason and "is above 1.0e-05" in reason for reason in found.failures)
     assert not (tmp_path / "merged").exists()
 
@@ -147,13 +141,7 @@ def test_an_adapter_of_another_scale_than_trained_fails_by_its_probes(
     tiny_base, tiny_adapters, held_out, tmp_path, config
 ):
     adapter = changed_adapter(tiny_adapters["starter"], tmp_path / "adapter", tiny_base, config)
-    found = merge(
-        adapter,
-        tiny_base,
-        tmp_path / "merged",
-        None,
-        lambda directory: certify(adapter, tiny_base, directory, read_held_out(held_out, 4), CPU),
-    )
+    found = merge_certified(adapter, tiny_base, tmp_path / "merged", held_out)
     (reason,) = found.failures
     assert "from its probes" in reason
 
@@ -164,13 +152,7 @@ def test_an_update_that_bfloat16_erased_fails_by_its_survival(tiny_base, tiny_ad
     weights = {name: weight.bfloat16() for name, weight in load_file(shard).items()}
     save_file(weights, shard, metadata={"format": "pt"})
     adapter = changed_adapter(tiny_adapters["starter"], tmp_path / "adapter", base, {}, scale=1e-4)
-    found = merge(
-        adapter,
-        base,
-        tmp_path / "merged",
-        None,
-        lambda directory: certify(adapter, base, directory, read_held_out(held_out, 4), CPU),
-    )
+    found = merge_certified(adapter, base, tmp_path / "merged", held_out)
     assert any("left by rounding" in reason and "--dtype float16 or float32" in reason for reason in found.failures)
     assert abs(found.survival.share - 1) > 0.1
     assert f"{next(iter(found.survival.worst))} " in " ".join(found.failures)

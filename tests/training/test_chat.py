@@ -489,8 +489,7 @@ def qwen_ranks() -> Path | None:
     return next((Path(str(file.locate())) for file in files if file.name == "qwen.tiktoken"), None)
 
 
-@pytest.fixture(scope="module")
-def qwen() -> PreTrainedTokenizerFast:
+def qwen_tokenizer() -> PreTrainedTokenizerFast:
     """Qwen2's tokenizer, from the ranks that dashscope ships; without Qwen's NFC normaliser, as tiktoken has none."""
     ranks = qwen_ranks()
     if ranks is None:
@@ -500,6 +499,11 @@ def qwen() -> PreTrainedTokenizerFast:
     specials = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
     raw = TikTokenConverter(str(ranks), pattern=QWEN_PATTERN, extra_special_tokens=specials).converted()
     return PreTrainedTokenizerFast(tokenizer_object=raw, chat_template=QWEN_TEMPLATE, bos_token="<|endoftext|>")
+
+
+@pytest.fixture(scope="module")
+def qwen() -> PreTrainedTokenizerFast:
+    return qwen_tokenizer()
 
 
 def test_qwen_renders_as_its_own_ranks_and_ids(qwen: PreTrainedTokenizerFast):
