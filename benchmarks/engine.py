@@ -1,10 +1,11 @@
 """The engine's output tokens a second, in process, at several numbers of streams: base, adapter, and half and half.
 
-    python -m benchmarks.engine --base DIR --adapter DIR --streams 1 8 32
+    python -m benchmarks.engine --base DIR --adapter DIR --streams 1 8 32 --weights plain fp16 nf4
 
-Every request has its own random prompt and generates exactly `--tokens` tokens, greedily. The three kinds of load
-alternate within a round, so that a noisy machine disturbs all of them alike; the best round counts, since a neighbour
-can only slow one down. The time of a round runs from its first request to its last token, prompts included.
+Every request has its own random prompt and generates exactly `--tokens` tokens, greedily. The formats of the base's
+weights and the three kinds of load alternate within a round, so that a noisy machine disturbs all of them alike; the
+best round counts, since a neighbour can only slow one down. The time of a round runs from its first request to its last
+token, prompts included. The peak is that of the whole process: name one format alone to read what that needs.
 `--engine vllm` measures that engine; its `--max-adapters` and `--max-rank` are what vLLM is started for.
 """
 
@@ -12,15 +13,20 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import logging
+import resource
 import time
 from collections.abc import Sequence
 from pathlib import Path
 from random import Random
 
-from serving.engine.engine import Engine, GenerationRequest, Sampling, Variant, VariantKind
+import torch
+
+from serving.engine.engine import Engine, GenerationRequest, Sampling, Variant, VariantKind, WeightFormat
 from serving.engine.transformers_engine import TransformersEngine
 
 LOADS = ("base", "adapter", "mixed")
+Cell = tuple[int, WeightFormat, str]  # streams, format, load
 
 
 def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespace:
@@ -35,34 +41,47 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     parser.add_argument("--max-adapters", type=int, default=1, help="of the vLLM engine")
     parser.add_argument("--max-rank", type=int, default=8, help="of the vLLM engine")
     parser.add_argument("--cache-gib", type=float, help="largest key/value cache; unset: the engine's own")
-    return parser.parse_args(arguments)
+    formats = [each.value for each in WeightFormat]
+    parser.add_argument("--weights", nargs="+", choices=formats, default=["plain"], help="of the transformers engine")
+    dtypes = ["float32", "bfloat16", "float16"]
+    parser.add_argument("--dtype", choices=dtypes, help="of its arithmetic; unset: what suits the device")
+    options = parser.parse_args(arguments)
+    if options.engine == "vllm" and (options.weights != ["plain"] or options.dtype is not None):
+        parser.error("--weights and --dtype are of --engine transformers")
+    return options
 
 
-async def measure(options: argparse.Namespace) -> dict[tuple[int, str], float]:
-    """Returns tok/s by (streams, load)."""
+async def measure(options: argparse.Namespace) -> dict[Cell, float]:
+    """Returns tok/s by streams, format and load; all engines are in memory at once."""
     base = Variant("base", VariantKind.BASE, "base", options.base)
     adapter = Variant("adapter", VariantKind.ADAPTER, "adapter", options.adapter)
-    engine = make_engine(options)
-    await engine.start()
-    rates: dict[tuple[int, str], float] = {}
+    variants = {"base": (base, base), "adapter": (adapter, adapter), "mixed": (base, adapter)}
+    engines = {each: make_engine(options, each) for each in map(WeightFormat, options.weights)}
+    rates: dict[Cell, float] = {}
     try:
-        await engine.add(adapter)
-        variants = {"base": (base, base), "adapter": (adapter, adapter), "mixed": (base, adapter)}
+        for engine in engines.values():
+            await engine.start()
+            await engine.add(adapter)
         for streams in options.streams:
             for seed in range(options.rounds):
                 for load in LOADS:
-                    rate = await run_round(engine, variants[load], streams, options, f"{load}-{streams}-{seed}")
-                    rates[streams, load] = max(rates.get((streams, load), 0.0), rate)
+                    for weights, engine in engines.items():
+                        rate = await run_round(engine, variants[load], streams, options, f"{load}-{streams}-{seed}")
+                        rates[streams, weights, load] = max(rates.get((streams, weights, load), 0.0), rate)
     finally:
-        await engine.stop()
+        for engine in engines.values():
+            await engine.stop()
     return rates
 
 
-def make_engine(options: argparse.Namespace) -> Engine:
+def make_engine(options: argparse.Namespace, weights: WeightFormat) -> Engine:
     max_batch = max(options.streams)
     cache_bytes = None if options.cache_gib is None else int(options.cache_gib * 2**30)
     if options.engine == "transformers":
-        return TransformersEngine(options.base, max_batch=max_batch, cache_bytes=cache_bytes)
+        dtype = None if options.dtype is None else getattr(torch, options.dtype)
+        return TransformersEngine(
+            options.base, max_batch=max_batch, cache_bytes=cache_bytes, weights=weights, dtype=dtype
+        )
     from serving.engine.vllm_engine import VllmEngine
 
     return VllmEngine(
@@ -98,16 +117,27 @@ async def count_tokens(engine: Engine, request: GenerationRequest) -> int:
     return sum([len(delta.token_ids) async for delta in engine.generate(request)])
 
 
-def render_table(rates: dict[tuple[int, str], float]) -> str:
-    lines = [f"{'streams':>8}" + "".join(f"{load:>10}" for load in LOADS) + f"{'adapter/base':>14}{'mixed/base':>12}"]
-    for streams in sorted({streams for streams, _ in rates}):
-        base, adapter, mixed = (rates[streams, load] for load in LOADS)
+def render_table(rates: dict[Cell, float]) -> str:
+    columns = "".join(f"{load:>10}" for load in LOADS)
+    lines = [f"{'streams':>8}{'weights':>9}{columns}{'adapter/base':>14}{'mixed/base':>12}"]
+    for streams, weights in dict.fromkeys((streams, weights) for streams, weights, _ in rates):
+        base, adapter, mixed = (rates[streams, weights, load] for load in LOADS)
         lines.append(
-            f"{streams:>8}{base:>10.1f}{adapter:>10.1f}{mixed:>10.1f}{adapter / base:>14.2f}{mixed / base:>12.2f}"
+            f"{streams:>8}{weights.value:>9}{base:>10.1f}{adapter:>10.1f}{mixed:>10.1f}"
+            f"{adapter / base:>14.2f}{mixed / base:>12.2f}"
         )
     return "\n".join(lines)
 
 
+def peak_gib() -> float:
+    """Returns the most memory that was held: by torch on a GPU, else by this process."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated() / 2**30
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+
+
 if __name__ == "__main__":
-    print("output tok/s")
-    print(render_table(asyncio.run(measure(parse_arguments()))))
+    logging.basicConfig(format="%(message)s")
+    logging.getLogger("graft").setLevel(logging.INFO)  # what each format takes and costs
+    measured = render_table(asyncio.run(measure(parse_arguments())))
+    print(f"output tok/s\n{measured}\npeak memory {peak_gib():.1f} GiB")

@@ -4,9 +4,10 @@
     python -m benchmarks.training qwen2-7b-alpaca --model.id DIR --data.dataset FILE --steps 5 --peak-tflops 989
 
 The stock arm is transformers + peft + bitsandbytes as most recipes drive them: 4 rows a micro-batch padded to the
-longest, SDPA, logits over every position. Both arms start from the same adapter and take the same rows; the first step
-of each is a warm-up (it compiles, where the recipe says so) and is not counted. Useful tokens are those of the rows,
-without padding. MFU counts 4 FLOP a weight and useful token.
+longest, SDPA, logits over every position. Both arms start from the same adapter and take the same rows. `--warm-up`
+steps over the rows that are counted later come first: they compile, and capture a CUDA graph for each size of pack,
+where the recipe says so. Useful tokens are those of the rows, without padding. MFU counts 4 FLOP a weight and useful
+token. `--memory-gib` caps what PyTorch may allocate on the GPU, as a smaller card would.
 """
 
 from __future__ import annotations
@@ -32,8 +33,7 @@ from training.batch import step_rows
 from training.chat import IGNORED_LABEL, TrainExample
 from training.config import cache_dir, load_recipe
 from training.lora_linear import fuse_lora
-from training.model import compile_blocks
-from training.run import Run, assemble, wants_compile
+from training.run import Run, assemble, take_ways
 from training.step import optimizer_step, peak_gib
 
 STOCK_MICRO_BATCH = 4  # rows
@@ -79,24 +79,25 @@ def pad(examples: Sequence[TrainExample]) -> dict[str, torch.Tensor]:
     }
 
 
-def measure(run: Run, steps: int, one_step: Callable[[int], float]) -> Measured:
+def measure(run: Run, warm_up: int, steps: int, one_step: Callable[[int], float]) -> Measured:
     rates, losses = [], []
     if torch.cuda.is_available():
         torch.cuda.reset_peak_memory_stats()
-    for step in range(steps + 1):
+    for number in range(warm_up + steps):
+        step = number if number < warm_up else number - warm_up
         rows = step_rows(len(run.data.train), run.config.optim.batch_size, run.config.run.seed, step)
         tokens = sum(len(run.data.train[row].input_ids) for row in rows)
         begun = time.perf_counter()
         losses.append(one_step(step))
         if torch.cuda.is_available():
             torch.cuda.synchronize()
-        if step:
+        if number >= warm_up:
             rates.append(tokens / (time.perf_counter() - begun))
     peak = peak_gib(run.accelerator.device)
     return Measured(rates, peak, losses)
 
 
-def run_arms(run: Run, arms: Sequence[str], steps: int) -> dict[str, Measured]:
+def run_arms(run: Run, arms: Sequence[str], warm_up: int, steps: int) -> dict[str, Measured]:
     start = {name: tensor.clone() for name, tensor in get_peft_model_state_dict(run.peft_model).items()}
     fresh = deepcopy(run.optimizer.state_dict())
     results = {}
@@ -107,7 +108,7 @@ def run_arms(run: Run, arms: Sequence[str], steps: int) -> dict[str, Measured]:
         torch.cuda.empty_cache()
         (as_stock if arm == "stock" else as_graft)(run)
         step = partial(stock_step, run) if arm == "stock" else partial(graft_step, run)
-        results[arm] = measure(run, steps, step)
+        results[arm] = measure(run, warm_up, steps, step)
     return results
 
 
@@ -122,8 +123,7 @@ def as_stock(run: Run) -> None:
 def as_graft(run: Run) -> None:
     run.peft_model.get_base_model().set_attn_implementation(attention.NAME)
     fuse_lora(run.peft_model)
-    if wants_compile(run.config, run.peft_model.dtype, run.total, run.accelerator.device):
-        compile_blocks(run.peft_model)
+    take_ways(run.accelerator.unwrap_model(run.loss), run.config, run.ways)
 
 
 def graft_step(run: Run, step: int) -> float:
@@ -143,13 +143,16 @@ def base_parameters(run: Run) -> int:
 
 
 def table(run: Run, results: dict[str, Measured], peak_tflops: float | None) -> str:
-    lines = ["| arm | useful tok/s (median) | ratio | peak GiB | MFU | NLL of the steps |", "|---|---|---|---|---|---|"]
+    lines = [
+        "| arm | useful tok/s (median) | ratio | peak GiB | MFU | NLL of the first steps |",
+        "|---|---|---|---|---|---|",
+    ]
     first = statistics.median(next(iter(results.values())).tokens_per_s)
     flop = 4 * base_parameters(run)
     for arm, found in results.items():
         rate = statistics.median(found.tokens_per_s)
         mfu = f"{100 * rate * flop / (peak_tflops * 1e12):.1f} %" if peak_tflops else "-"
-        losses = " ".join(f"{loss:.3f}" for loss in found.nll_nats)
+        losses = " ".join(f"{loss:.3f}" for loss in found.nll_nats[:4])
         lines.append(f"| {arm} | {rate:,.1f} | {rate / first:.2f} | {found.peak_gib:.1f} | {mfu} | {losses} |")
     return "\n".join(lines)
 
@@ -158,13 +161,20 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("recipe")
     parser.add_argument("--steps", type=int, default=3, help="counted optimizer steps an arm")
+    parser.add_argument("--warm-up", type=int, default=1, help="steps before them")
+    parser.add_argument("--memory-gib", type=float, help="of the GPU, that may be used")
     parser.add_argument("--arms", nargs="+", default=["stock", "graft"], choices=["stock", "graft"])
     parser.add_argument("--peak-tflops", type=float, help="of the device, for the MFU column")
     arguments, overrides = parser.parse_known_args()
     config = load_recipe(arguments.recipe, overrides)
+    if arguments.memory_gib is not None:
+        whole = torch.cuda.get_device_properties(0).total_memory / 2**30
+        torch.cuda.set_per_process_memory_fraction(arguments.memory_gib / whole)
     with TemporaryDirectory() as folder:
         run = assemble(config, Path(folder), cache_dir())
-        results = run_arms(run, arguments.arms, arguments.steps)
+        if run.ways.dense and "stock" in arguments.arms:
+            parser.error("the stock arm computes with quantised weights: give --model.keep_dense off")
+        results = run_arms(run, arguments.arms, arguments.warm_up, arguments.steps)
     print(describe_machine().line)
     print(
         f"{config.model.id}, {config.optim.batch_size} rows a step, packs of {config.optim.micro_batch_tokens} tokens"

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import functools
-import importlib.metadata
 import time
 import uuid
 from collections.abc import Iterator
@@ -13,8 +11,10 @@ from typing import Protocol
 
 from serving.auth import ANY_MODEL, Caller
 from serving.engine.completion import Choice
+from serving.engine.engine import WeightFormat
 from serving.errors import ModelNotFound
 from serving.registry.catalog import ServedModel
+from serving.version import graft_version
 
 MIN_LOGPROB = -9999.0  # OpenAI's number for "very unlikely"; JSON has no -inf
 
@@ -61,10 +61,6 @@ def within_key(caller: Caller | None, model: str) -> Iterator[None]:
 
 
 def identify(prefix: str, model: ServedModel) -> Identity:
-    fingerprint = f"graft-{_version()}-{model.digest}"
+    weights = "" if model.weights is WeightFormat.PLAIN else f"-{model.weights.value}"
+    fingerprint = f"graft-{graft_version()}-{model.digest}{weights}"
     return Identity(f"{prefix}-{uuid.uuid4().hex}", int(time.time()), model, fingerprint)
-
-
-@functools.cache
-def _version() -> str:
-    return importlib.metadata.version("graft")

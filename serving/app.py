@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager, suppress
 from typing import Any
 
@@ -15,7 +15,7 @@ from serving.admin.router import admin_router
 from serving.admin.service import Administration
 from serving.chat_completions.router import chat_router
 from serving.completions.router import completions_router
-from serving.engine.engine import Engine
+from serving.engine.engine import Engine, VariantKind
 from serving.engine.host import STALL_S, EngineHost
 from serving.errors import BadRequest, GraftError, MethodNotAllowed, NotReady, RouteNotFound
 from serving.fair_queue import FairQueue
@@ -45,19 +45,20 @@ def create_app(
     keys: KeyRing | None = None,
     deadline_s: float = 600.0,
     stall_s: float = STALL_S,
+    on_ready: Callable[[], None] = lambda: None,
     on_failure: Callable[[Exception], None] | None = None,
     on_death: Callable[[], None] | None = None,
     stopping: Callable[[], bool] = lambda: False,
 ) -> FastAPI:
     """Returns the ASGI app; its lifespan starts the engine in the background, stops it and closes the registry.
 
-    Without `keys` anyone may ask for completions, and nobody may administer. `on_failure` hears of an engine that did
-    not start, `on_death` of one that failed later; without them every inference route answers 503 then. While
-    `stopping` the server is not ready, and finishes what it has.
+    Without `keys` anyone may ask for completions, and nobody may administer. `on_ready` is called before the first
+    request runs. `on_failure` hears of an engine that did not start, `on_death` of one that failed later; without them
+    every inference route answers 503 then. While `stopping` the server is not ready, and finishes what it has.
     """
-    host = EngineHost(engine, registry.start, on_failure, on_death=on_death, stall_s=stall_s)
+    host = EngineHost(engine, _starting(registry, on_ready), on_failure, on_death=on_death, stall_s=stall_s)
     metrics = Metrics(lambda: engine.stats() if host.ready() else None, lambda: _names(registry))
-    _watch_residency(metrics, registry)
+    _watch_registry(metrics, registry)
     metrics.engine_stalled.set_function(host.stalled)
     queue = FairQueue(max_batch, max_queue)
     metrics.gauge_by_model("graft_queue_waiting", "Completions that wait for a row of the engine", queue.waiting)
@@ -83,6 +84,14 @@ def create_app(
     app.add_middleware(Gate, keys=keys, limiter=limiter, deadline_s=deadline_s)
     app.add_middleware(RequestRecorder, metrics=metrics)  # the last added is the outermost
     return app
+
+
+def _starting(registry: Registry, on_ready: Callable[[], None]) -> Callable[[Engine], Awaitable[None]]:
+    async def start(engine: Engine) -> None:
+        await registry.start(engine)
+        on_ready()
+
+    return start
 
 
 @asynccontextmanager
@@ -113,7 +122,7 @@ def _document(app: FastAPI, *, keyed: bool) -> dict[str, Any]:
     return described(document) if keyed else document
 
 
-def _watch_residency(metrics: Metrics, registry: Registry) -> None:
+def _watch_registry(metrics: Metrics, registry: Registry) -> None:
     def resident() -> dict[str, float]:
         held = set(registry.residency.resident())
         return {each.id: float(each.digest in held) for each in registry.revisions() if each.live}
@@ -121,10 +130,19 @@ def _watch_residency(metrics: Metrics, registry: Registry) -> None:
     metrics.gauge_by_model("graft_resident_revisions", "Revisions whose weights the engine holds", resident)
     registry.residency.on_load = metrics.load_s.observe
 
+    def kl_nats() -> dict[str, float]:
+        cost = registry.weights_cost()
+        bases = [model.name for model in registry.served().values() if model.variant.kind is VariantKind.BASE]
+        return {} if cost is None else dict.fromkeys(bases, cost.kl_nats)
+
+    text = "What the format of the base's weights costs: KL from the plain ones, nats a token"
+    metrics.gauge_by_model("graft_weights_kl_nats", text, kl_nats)
+
 
 def _names(registry: Registry) -> set[str]:
     """Returns the names that have anything to answer with."""
-    return {model.name for model in registry.served()} | {each.name for each in registry.revisions() if each.live}
+    live = {each.name for each in registry.revisions() if each.live}
+    return live | {model.name for model in registry.served().values()}
 
 
 def _add_probes(app: FastAPI, host: EngineHost, metrics: Metrics, stopping: Callable[[], bool]) -> None:

@@ -59,6 +59,7 @@ class ServeConfig(BaseModel):
     host: str = "127.0.0.1"
     port: int = Field(8000, ge=0, le=65535)  # 0: any free one
     engine: Literal["auto", "vllm", "transformers", "fake"] = "auto"
+    weights: Literal["plain", "nf4", "fp16"] = "plain"  # how the base is kept; merged models are plain
     max_batch: int = Field(32, ge=1)  # rows in a step
     max_queue: int = Field(256, ge=0)  # completions waiting for a row
     context_length: int | None = Field(None, ge=2)  # tokens; None: the model's, up to 8192
@@ -93,6 +94,7 @@ _FLAGS: Sequence[tuple[str, str, str]] = (
     ("host", "HOST", "address to listen on (127.0.0.1)"),
     ("port", "PORT", "port to listen on (8000)"),
     ("engine", "NAME", "auto, vllm, transformers or fake; auto: vLLM where it is installed and there is CUDA (auto)"),
+    ("weights", "FORMAT", "keeps the base plain, in nf4 (as QLoRA trains it) or fp16 (faster on CPUs) (plain)"),
     ("max-batch", "ROWS", "sequences in one forward pass (32)"),
     ("max-queue", "COUNT", "completions that may wait for a row; more are answered 429 (256)"),
     ("context-length", "TOKENS", "prompt and completion together (the model's, up to 8192)"),

@@ -3,34 +3,43 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable
-from typing import TypeVar
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 
 from starlette.types import Receive
 
 from serving.errors import ClientClosed
 
-T = TypeVar("T")
 
-
-async def unless_gone(receive: Receive, work: Awaitable[T]) -> T:
-    """Returns the work's result; cancels it and raises ClientClosed where the client leaves first.
+@asynccontextmanager
+async def unless_gone(receive: Receive) -> AsyncIterator[None]:
+    """Cancels what is awaited inside, and raises ClientClosed, where the client leaves first.
 
     The request's body has to be read already: `receive` then reports nothing but the disconnect.
     """
-    task = asyncio.ensure_future(work)
-    leaving = asyncio.ensure_future(_gone(receive))
+    work = asyncio.current_task()
+    assert work is not None
+    cancelling, inside, gone = work.cancelling(), True, False
+
+    def cancel(_: asyncio.Task[None]) -> None:
+        nonlocal gone
+        if inside:  # not where the work ended in the same turn of the event loop
+            gone = True
+            work.cancel()
+
+    leaving = asyncio.create_task(_left(receive))
+    leaving.add_done_callback(cancel)
     try:
-        await asyncio.wait({task, leaving}, return_when=asyncio.FIRST_COMPLETED)
-        if task.done():
-            return task.result()
-        raise ClientClosed("the client left before its answer was ready")
+        yield
+    except asyncio.CancelledError:
+        if gone and work.uncancel() <= cancelling:
+            raise ClientClosed("the client left before its answer was ready") from None
+        raise
     finally:
-        task.cancel()
+        inside = False
         leaving.cancel()
-        await asyncio.gather(task, leaving, return_exceptions=True)
 
 
-async def _gone(receive: Receive) -> None:
+async def _left(receive: Receive) -> None:
     while (await receive())["type"] != "http.disconnect":
         pass

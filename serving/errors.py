@@ -18,6 +18,7 @@ GraftError
 │   └── AdapterRejected 422 an adapter that must not, or cannot, run on this base
 ├── Overloaded 429          the server has too much to do
 ├── RateLimited 429         the key has used its share
+├── BodyTooSlow 408         the request's body did not come in time
 ├── ClientClosed 499        the client left before its answer; only logs and metrics see it
 ├── NotReady 503            the weights are still loading
 │   └── EngineStalled       the engine has work and makes no step
@@ -150,6 +151,13 @@ class RateLimited(GraftError):
     status = 429
     type = "rate_limit_error"
     code = "rate_limit_exceeded"
+
+
+class BodyTooSlow(GraftError):
+    status = 408
+    type = "timeout_error"
+    code = "body_too_slow"
+    headers: ClassVar[Mapping[str, str]] = {"connection": "close"}  # or what still trickles in would keep it
 
 
 class ClientClosed(GraftError):

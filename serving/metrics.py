@@ -83,6 +83,7 @@ class Stopwatch:
     def __init__(self, metrics: Metrics, model: str, arrived_s: float, arm: str = "") -> None:
         self._metrics = metrics
         self._labels = (model, arm)
+        self._completion_tokens = metrics.completion_tokens.labels(model, arm)  # found once: every piece counts
         self._arrived_s = arrived_s
         self._first: dict[int, _Mark] = {}  # by choice
         self._last: dict[int, _Mark] = {}
@@ -91,7 +92,7 @@ class Stopwatch:
     def see(self, piece: Piece) -> None:
         mark = _Mark(time.perf_counter(), piece.generated)
         new = piece.generated - (self._last[piece.index].generated if piece.index in self._last else 0)
-        self._metrics.completion_tokens.labels(*self._labels).inc(new)
+        self._completion_tokens.inc(new)
         if new:  # a stop token comes with no new one, and is not timed
             self._first.setdefault(piece.index, mark)
             self._last[piece.index] = mark

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import logging
 import re
@@ -16,12 +17,13 @@ from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from serving.auth import Caller
-from serving.errors import BodyTooLarge, GraftError
+from serving.errors import BodyTooLarge, BodyTooSlow, GraftError
 from serving.metrics import Metrics
 
 access_logger = logging.getLogger("graft.access")
 logger = logging.getLogger("graft.app")
 _FORM = "application/x-www-form-urlencoded"
+READ_S = 60.0  # for a whole body: the largest comes at half a megabit a second
 _SANE_ID = re.compile(r"[A-Za-z0-9._:-]{1,128}")
 
 
@@ -32,6 +34,7 @@ class RequestFacts:
     request_id: str
     arrived_s: float = field(default_factory=time.perf_counter)
     status: int | None = None
+    body_bytes: int = 0  # known once it is read
     caller: Caller | None = None  # set before any route runs
     timeout_s: float | None = None  # from the arrival to the end of the answer
     model: str = ""  # a name from the registry
@@ -133,7 +136,11 @@ class RequestRecorder:
 
 
 class BodyLimit:
-    """Reads a body before the app does, and answers 413 where it is over the limit, announced or not."""
+    """Reads a body before the app does.
+
+    Answers 413 where it is over the limit, announced or not, and 408 where it is not there after READ_S or the time
+    that the request may take: a client that sends a byte now and then holds nothing for long.
+    """
 
     def __init__(self, app: ASGIApp, limit_bytes: int) -> None:
         self._app = app
@@ -144,9 +151,11 @@ class BodyLimit:
             await self._app(scope, receive, send)
             return
         announced = int(Headers(scope=scope).get("content-length", "0"))
-        messages = None if announced > self._limit_bytes else await self._read(receive)
-        if messages is None:
-            error = BodyTooLarge(f"the body has more than {self._limit_bytes} bytes, the limit; send a smaller one")
+        facts: RequestFacts = scope["state"]["facts"]
+        try:
+            self._check(announced)
+            messages = await self._read(receive, facts)
+        except (BodyTooLarge, BodyTooSlow) as error:
             await error_response(error)(scope, receive, send)
             return
         replay = iter(messages)
@@ -156,17 +165,26 @@ class BodyLimit:
 
         await self._app(scope, receive_again, send)
 
-    async def _read(self, receive: Receive) -> list[Message] | None:
+    async def _read(self, receive: Receive, facts: RequestFacts) -> list[Message]:
         messages: list[Message] = []
-        size = 0
-        while True:
-            message = await receive()
-            messages.append(message)
-            size += len(message.get("body", b""))
-            if size > self._limit_bytes:
-                return None
-            if not message.get("more_body", False):  # the last part, or a disconnect
-                return messages
+        left_s = facts.left_s()
+        within_s = READ_S if left_s is None else min(READ_S, left_s)
+        try:
+            async with asyncio.timeout(within_s):
+                while not messages or messages[-1].get("more_body", False):  # a disconnect has no more
+                    messages.append(await receive())
+                    facts.body_bytes += len(messages[-1].get("body", b""))
+                    self._check(facts.body_bytes)
+        except TimeoutError:
+            raise BodyTooSlow(
+                f"{facts.body_bytes} bytes of the body came in {within_s:.3g} s, and not the whole; send it faster, or "
+                "a smaller one"
+            ) from None
+        return messages
+
+    def _check(self, size: int) -> None:
+        if size > self._limit_bytes:
+            raise BodyTooLarge(f"the body has more than {self._limit_bytes} bytes, the limit; send a smaller one")
 
 
 class JsonBodies:

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
-import importlib.metadata
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
 from pydantic import BaseModel, ConfigDict, Field
+
+from serving.version import graft_version
 
 _MEANINGS: Mapping[int, str] = {
     400: "A field or header is wrong, unknown or not supported; `param` names it",
     401: "No key, or one that is not known",
     403: "The key may not use this model or route",
     404: "There is no such model, revision or label",
+    408: "The body did not come in time",
     409: "The registry is not in the state that the change needs",
     413: "The body is over the limit",
     422: "The adapter must not, or cannot, run on this base; `reasons` says why",
@@ -33,7 +35,7 @@ _ANSWERS: Sequence[tuple[str, tuple[int, ...]]] = (
     ("/tokenize", (400, 401, 403, 404, 429, 503)),
     ("/v1/", (400, 401, 403, 404, 429, 503, 504)),
 )
-_ANYWHERE = (413, 500)
+_ANYWHERE = (408, 413, 500)
 _RETRIED = (429, 503)
 _FASTAPIS_OWN = ("HTTPValidationError", "ValidationError")  # this server answers 400, with its own envelope
 _ENVELOPE = {"application/json": {"schema": {"$ref": "#/components/schemas/ErrorEnvelope"}}}
@@ -67,7 +69,7 @@ class ErrorEnvelope(BaseModel):
 
 def describe(document: dict[str, Any]) -> dict[str, Any]:
     """Completes FastAPI's document in place, and as often as it is called; raises KeyError for an unlisted path."""
-    document["info"]["version"] = importlib.metadata.version("graft")
+    document["info"]["version"] = graft_version()
     schemas = document.setdefault("components", {}).setdefault("schemas", {})
     for name in _FASTAPIS_OWN:
         schemas.pop(name, None)

@@ -21,7 +21,8 @@ from serving.generation import Generation
 from serving.middleware import RequestFacts, facts_of
 from serving.registry.base import LoadedBase
 from serving.registry.catalog import ServedModel
-from serving.registry.registry import Lease, Registry
+from serving.registry.lease import Lease
+from serving.registry.registry import Registry
 from serving.sampling import SamplingFields
 from serving.shadow import ShadowJob, Shadows
 from serving.sse import EventStream, events
@@ -60,18 +61,20 @@ class Responder:
         with ExitStack() as held:
             held.callback(lease.release)
             self.generation.refuse_when_full()
-            plan = partial(self._plan, resource, body, engine.context_length)
-            planned = await unless_gone(request.receive, _plan_when_ready(lease, plan, facts))
-            pieces = self.generation.run(lease.model, planned.choices, planned.prompt_tokens, facts)
-            if lease.shadow is not None:
-                pieces = self._shadows.watch(pieces, ShadowJob(lease.shadow, planned, plan, facts))
-            headers, vocabulary = planned.identity.headers(lease.arm), self._registry.base.vocabulary
-            if not body.stream:
-                whole = await unless_gone(request.receive, resource.fold(planned, pieces, vocabulary))
-                return Response(whole.model_dump_json(), 200, headers, "application/json")
-            texts = resource.chunks(planned, pieces, vocabulary)
-            stream = _leased(events(texts, facts.note_stream_error), lease)
-            first = await unless_gone(request.receive, anext(stream))
+            plan = partial(self._plan, resource, body, engine.context_length, facts.body_bytes)
+            async with unless_gone(request.receive):
+                planned = await _plan_when_ready(lease, plan, facts)
+                choices, prompt_tokens = planned.choices, planned.prompt_tokens
+                pieces = self.generation.run(lease.model, choices, prompt_tokens, facts, buffered=body.stream)
+                if lease.shadow is not None:
+                    pieces = self._shadows.watch(pieces, ShadowJob(lease.shadow, planned, plan, facts))
+                headers, vocabulary = planned.identity.headers(lease.arm), self._registry.base.vocabulary
+                if not body.stream:
+                    whole = await resource.fold(planned, pieces, vocabulary)
+                    return Response(whole.model_dump_json(), 200, headers, "application/json")
+                texts = resource.chunks(planned, pieces, vocabulary)
+                stream = _leased(events(texts, facts.note_stream_error), lease)
+                first = await anext(stream)
             held.pop_all()  # the stream has begun, so its end releases
             return EventStream(first, stream, headers)
 
@@ -80,9 +83,10 @@ class Responder:
             return self._registry.lease(body.model, body.routing_key or request.headers.get(ROUTING_HEADER))
 
     async def _plan(
-        self, resource: Resource[Body, Planned], body: Body, context_length: int, model: ServedModel
+        self, resource: Resource[Body, Planned], body: Body, context_length: int, size: int, model: ServedModel
     ) -> Planned:
-        return await self.generation.plan(lambda: resource.plan(body, model, self._registry.base, context_length))
+        base = self._registry.base
+        return await self.generation.plan(lambda: resource.plan(body, model, base, context_length), size)
 
 
 async def _plan_when_ready(

@@ -170,12 +170,16 @@ def choices_for(
     prompts: Sequence[tuple[tuple[int, ...], int]],
     logprobs: int | None,
     prompt_logprobs: int | None = None,
+    *,
+    grammar: Grammar | None = None,
+    stop: tuple[str, ...] = (),
 ) -> tuple[Choice, ...]:
     """Returns `n` choices a prompt; each prompt comes with its completion tokens. Choice i of a prompt has seed + i.
 
-    Raises BadRequest for a schema that no reply can be held to, and for a bias on what is no token.
+    `grammar` stands for that of the response format, and `stop` is beside the fields' own. Raises BadRequest for a
+    schema that no reply can be held to, and for a bias on what is no token.
     """
-    grammar = _grammar(fields)
+    grammar = grammar or _grammar(fields)
     _check_biases(fields, vocabulary)
     choices: list[Choice] = []
     for prompt_ids, max_tokens in prompts:
@@ -195,7 +199,7 @@ def choices_for(
             request = GenerationRequest(
                 f"{response_id}-{index}", model.variant, prompt_ids, sampling, logprobs, prompt_logprobs
             )
-            choices.append(Choice(index, request, fields.stop))
+            choices.append(Choice(index, request, fields.stop + stop))
     return tuple(choices)
 
 

@@ -80,8 +80,8 @@ class EventStream(Response):
         facts = scope["state"]["facts"]
         left_s = facts.left_s()
         try:
-            async with asyncio.timeout(None if left_s is None else left_s + self._grace_s):
-                await unless_gone(receive, self._send(send))
+            async with asyncio.timeout(None if left_s is None else left_s + self._grace_s), unless_gone(receive):
+                await self._send(send)
         except ClientClosed:
             facts.client_left = True
         except TimeoutError:  # the connection is cut: its answer is not whole

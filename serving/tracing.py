@@ -6,7 +6,6 @@ them in batches and drops what it cannot hold. Nothing is imported without a col
 
 from __future__ import annotations
 
-import importlib.metadata
 import threading
 import time
 from collections.abc import Iterator, Mapping
@@ -20,6 +19,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 
 from serving.config import ConfigError
 from serving.middleware import RequestFacts
+from serving.version import graft_version
 
 if TYPE_CHECKING:
     from opentelemetry.sdk.trace import TracerProvider
@@ -127,7 +127,7 @@ def open_tracing(endpoint: str) -> Tracing:
             f"--otlp-endpoint {endpoint}: OpenTelemetry is not installed ({error}); install the extra `trace`, or "
             "leave the endpoint out"
         ) from error
-    own = Resource({"service.name": "graft", "service.version": importlib.metadata.version("graft")})
+    own = Resource({"service.name": "graft", "service.version": graft_version()})
     provider = TracerProvider(resource=own.merge(OTELResourceDetector().detect()), shutdown_on_exit=False)
     provider.add_span_processor(BatchSpanProcessor(OTLPSpanExporter(endpoint.rstrip("/") + _TRACES_PATH)))
     return Tracing(provider)

@@ -5,9 +5,12 @@ from __future__ import annotations
 import importlib.metadata
 import shutil
 import subprocess
+import sys
 from contextlib import suppress
 from datetime import UTC, datetime
 from pathlib import Path
+
+from safetensors import SafetensorError
 
 from training.artifact import (
     AdapterManifest,
@@ -18,12 +21,14 @@ from training.artifact import (
     hash_files,
     write_manifest,
 )
+from training.budget import is_out_of_memory
 from training.chat import end_of_turn_id, template_hash
 from training.config import TrainConfig
 from training.disk import sync
+from training.errors import TrainingError
 from training.log import TrainLog
 from training.prepare import system_prompt
-from training.probes import write_probes
+from training.probes import add_plain_scores, plain_scores, write_probes
 from training.run import Run
 
 _PACKAGES = ("torch", "transformers", "peft", "bitsandbytes", "accelerate", "datasets")
@@ -42,6 +47,7 @@ def save_adapter(directory: Path, run: Run, log: TrainLog) -> AdapterManifest:
     run.tokenizer.save_pretrained(temporary)
     with run.accelerator.autocast():  # the arithmetic it was trained in
         write_probes(temporary, run.peft_model, run.tokenizer, _chat(run).added_system_prompt)
+    _score_on_plain_base(temporary, run)
     manifest = _manifest(temporary, run, log)
     for path in temporary.iterdir():
         sync(path)
@@ -55,6 +61,23 @@ def save_adapter(directory: Path, run: Run, log: TrainLog) -> AdapterManifest:
     sync(directory.parent)
     shutil.rmtree(old, ignore_errors=True)
     return manifest
+
+
+def _score_on_plain_base(directory: Path, run: Run) -> None:
+    """Adds what a server of the plain base must compute; a run that cannot tell is whole without, and says so."""
+    try:
+        scores = plain_scores(directory, run.base.directory, run.accelerator.device)
+    except (OSError, SafetensorError, TrainingError, RuntimeError) as error:
+        if isinstance(error, RuntimeError) and not is_out_of_memory(error):
+            raise
+        print(
+            f"the probes have no scores on the plain base, so servers check this adapter less sharply: {error}",
+            file=sys.stderr,
+            flush=True,
+        )
+        return
+    if scores is not None:
+        add_plain_scores(directory, scores)
 
 
 def _chat(run: Run) -> ChatSection:

@@ -111,6 +111,14 @@ class Probe(Section):
         return self
 
 
+class PlainScores(Section):
+    """The probes' log-probabilities on the base's own weights in float32, a row for each probe: what servers run."""
+
+    dtype: Literal["float32"] = "float32"
+    base_logprobs: tuple[tuple[Annotated[float, Field(allow_inf_nan=False)], ...], ...]
+    adapter_logprobs: tuple[tuple[Annotated[float, Field(allow_inf_nan=False)], ...], ...]
+
+
 class Probes(Section):
     """What peft computed with base and adapter when the training ended: a server must compute the same."""
 
@@ -118,6 +126,30 @@ class Probes(Section):
     compute: Literal["plain", "nf4"]  # the base under peft: its own weights, or quantised
     dtype: str  # of the arithmetic: float32, bfloat16 or float16
     probes: tuple[Probe, ...] = Field(min_length=1)
+    plain: PlainScores | None = None  # where the training computed otherwise
+
+    @model_validator(mode="after")
+    def _rows_agree(self) -> Probes:
+        wanted = [len(probe.ids) - probe.start for probe in self.probes]
+        for rows in (self.plain.base_logprobs, self.plain.adapter_logprobs) if self.plain else ():
+            if [len(row) for row in rows] != wanted:
+                raise ValueError(f"plain: {[len(row) for row in rows]} log-probabilities, not {wanted}, as the probes")
+        return self
+
+    def on_plain_base(self) -> Probes | None:
+        """Returns the probes as computed in float32 on the base's own weights; None where they were not."""
+        if self.plain is None:
+            return self if (self.compute, self.dtype) == ("plain", "float32") else None
+        scores = zip(self.probes, self.plain.base_logprobs, self.plain.adapter_logprobs, strict=True)
+        rows = tuple(
+            Probe(ids=probe.ids, start=probe.start, base_logprobs=base, adapter_logprobs=adapter)
+            for probe, base, adapter in scores
+        )
+        return Probes(compute="plain", dtype=self.plain.dtype, probes=rows)
+
+    def nearest(self, kept: str) -> Probes:
+        """Returns what is nearest to a base that is kept as `kept` ("plain", "nf4" or another quantisation)."""
+        return self if kept == self.compute == "nf4" else self.on_plain_base() or self
 
 
 def sha256_file(path: Path) -> str:

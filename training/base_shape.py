@@ -11,10 +11,10 @@ from pathlib import Path
 from typing import Any
 
 from training.base import BaseError, BaseFiles
+from training.tensor_file import NUMBER_BYTES
 
 _BLOCK = re.compile(r"(?:^|\.)layers\.\d+\.(?:.*\.)?(?P<name>[^.]+)\.weight$")
 _INDEX = "model.safetensors.index.json"
-_BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "I64": 8, "I32": 4, "I16": 2, "I8": 1, "U8": 1}
 _MIXTURE = ("num_experts", "num_local_experts", "n_routed_experts")
 
 
@@ -65,7 +65,7 @@ def read_shape(base: BaseFiles) -> BaseShape:
         vocabulary=config["vocab_size"],
         linears=tuple(linears.values()),
         other=sum(math.prod(shape) for name, shape in kept.items() if name not in linears),
-        file_bytes=sum(_BYTES.get(dtype, 4) * math.prod(shape) for dtype, shape in tensors.values()),
+        file_bytes=sum(NUMBER_BYTES.get(dtype, 4) * math.prod(shape) for dtype, shape in tensors.values()),
     )
 
 

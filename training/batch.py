@@ -6,6 +6,7 @@ import random
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from itertools import chain
 
 import torch
 
@@ -79,8 +80,8 @@ def rank_share(indices: Sequence[int], rank: int, world: int) -> list[int]:
 def join_rows(rows: Sequence[TrainExample]) -> Pack:
     """Returns the rows end to end, as they come."""
     return Pack(
-        torch.tensor([token for row in rows for token in row.input_ids]),
-        torch.tensor([label for row in rows for label in row.labels]),
-        torch.tensor([position for row in rows for position in range(len(row.input_ids))]),
+        torch.tensor(list(chain.from_iterable(row.input_ids for row in rows))),
+        torch.tensor(list(chain.from_iterable(row.labels for row in rows))),
+        torch.cat([torch.arange(len(row.input_ids)) for row in rows]),
         tuple(len(row.input_ids) for row in rows),
     )

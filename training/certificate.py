@@ -25,7 +25,9 @@ from training.ground import Onto, ground_of
 from training.model import load_tokenizer
 from training.probes import probe_compute, probe_error
 from training.proof import DeltaSurvival, ProbeError
-from training.reading import Reading, head_of, load_adapted, load_merged, read, round_anew
+from training.readable import Readable
+from training.reading import Reading, Wanted, load_adapted, load_merged, read, read_all, stored_dtype
+from training.room import FREE_MEMORY, Room
 from training.survival import measure_survival
 
 # In fp32 two ways to one sum differ by 1e-6 of a logit, and the KL of a token's 50,000 probabilities by about 1e-7.
@@ -52,23 +54,25 @@ def certify(
     *,
     survival: DeltaSurvival | None = None,
     dtype_reason: str | None = None,
+    room: Room = FREE_MEMORY,
 ) -> MergeCertificate:
     """Measures a merged model against base + adapter as peft computes it, and writes the certificate into `merged_dir`.
 
-    First the weights, one matrix at a time; then the answers, one model in memory at a time, in the merged dtype: a 7B
-    model in 16 bits needs 15 GiB, and 2 GiB for the head in fp32. The KL allowed in 16 bits is measured in the same
-    run, by rounding the merged weights anew. Raises BrokenMergeError where the weights are not base + update; those of
+    First the weights, one by one; then the answers, one model at a time in the merged dtype: whole where `room` holds
+    it (a 7B in 16 bits needs 17 GiB), else by block (4 GiB, most of it the head in fp32). The KL allowed in 16 bits is
+    measured by rounding the merged weights anew. Raises BrokenMergeError where they are not base + update; those of
     whom `survival` is given are known to be.
 
     Numbers of random weights mean little: their answers hang on the last bit, and no adapter has taught them anything.
     """
-    manifest = read_manifest(adapter_dir)
-    deltas = read_deltas(adapter_dir)
+    manifest, deltas = read_manifest(adapter_dir), read_deltas(adapter_dir)
     survival = survival or measure_survival(deltas, ground_of(base_dir, manifest, onto), merged_dir)
-    examples = render_held_out(merged_dir, held_out, manifest)
-    merged, dtype, rounding = _read_merged(merged_dir, examples, deltas, _trained_arithmetic(manifest, onto), device)
-    reference = load_adapted(adapter_dir, base_dir, manifest, onto, dtype, device)
-    adapter, base, head_VD = _read_reference(reference, examples)
+    examples, dtype = render_held_out(merged_dir, held_out, manifest), stored_dtype(merged_dir)
+    arithmetic = _trained_arithmetic(manifest, onto) or dtype
+    merged, rounding = _read_merged(load_merged(merged_dir, device, arithmetic, room), examples, deltas)
+    reference = load_adapted(adapter_dir, base_dir, manifest, onto, dtype, device, room)
+    adapter, base = read_all(reference, [Wanted(examples), Wanted(examples, adapter=False)])
+    head_VD = reference.head().float()
     probes = _check_probes(adapter_dir, reference)
     del reference
     merged_far, base_far = distances(adapter, [merged, base], head_VD)
@@ -142,43 +146,23 @@ def _trained_arithmetic(manifest: AdapterManifest, onto: Onto) -> torch.dtype | 
     return dtype if onto is Onto.DEQUANTISED and dtype != torch.float32 else None
 
 
-def _read_merged(
-    merged_dir: Path,
-    examples: Sequence[TrainExample],
-    deltas: Deltas,
-    arithmetic: torch.dtype | None,
-    device: torch.device,
-) -> tuple[Reading, torch.dtype, float | None]:
-    """Returns the merged model's reading in `arithmetic`, or its own dtype; that dtype; and the rounding's KL.
-
-    That is the mean KL which rounding the weights anew makes; None in fp32.
-    """
-    model = load_merged(merged_dir, device)
-    stored = model.dtype
-    model.to(arithmetic or stored)
+def _read_merged(model: Readable, examples: Sequence[TrainExample], deltas: Deltas) -> tuple[Reading, float | None]:
+    """Returns the merged model's reading, and the mean KL which rounding its weights anew makes; None in fp32."""
     reading = read(model, examples)
     if model.dtype == torch.float32:
-        return reading, stored, None
-    head_VD = head_of(model)
-    round_anew(model, deltas.a_RI)
-    (rounded,) = distances(reading, [read(model, examples)], head_VD)
-    return reading, stored, rounded.kl_mean
+        return reading, None
+    model.round_anew(deltas.a_RI)
+    (rounded,) = distances(reading, [read(model, examples)], model.head().float())
+    return reading, rounded.kl_mean
 
 
-def _read_reference(model: Any, examples: Sequence[TrainExample]) -> tuple[Reading, Reading, torch.Tensor]:
-    """Returns a peft model's readings with and without its adapter, and the head that both share."""
-    adapter = read(model, examples)
-    with model.disable_adapter():
-        base = read(model, examples)
-    return adapter, base, head_of(model)
-
-
-def _check_probes(adapter_dir: Path, reference: Any) -> ProbeError | None:
-    """Returns None where there are no probes, or the reference does not compute as they were recorded."""
-    probes = read_probes(adapter_dir)
-    if probes is None or (probes.compute, probes.dtype) != probe_compute(reference):
-        return None
-    return probe_error(reference, probes)
+def _check_probes(adapter_dir: Path, reference: Readable) -> ProbeError | None:
+    """Returns None where there are no probes, or none were recorded as the reference computes."""
+    recorded = read_probes(adapter_dir)
+    for probes in (recorded, recorded and recorded.on_plain_base()):
+        if probes is not None and (probes.compute, probes.dtype) == probe_compute(reference):
+            return probe_error(reference, probes)
+    return None
 
 
 def _allowed(rounding: float | None, base: Distance) -> float:

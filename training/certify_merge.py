@@ -14,6 +14,7 @@ from training.deltas import read_deltas
 from training.ground import Onto, ground_of, read_weight, shard_of, trained_on_nf4
 from training.merge import merge, write_merged
 from training.proof import DeltaSurvival, VariantDistance
+from training.room import FREE_MEMORY, Room, need_of
 from training.survival import measure_survival
 
 _FLOAT16_MOST = torch.finfo(torch.float16).max
@@ -29,8 +30,9 @@ def certified_merge(
     rows: int,
     onto: str,
     compare: bool,
+    room: Room = FREE_MEMORY,
 ) -> MergeCertificate:
-    """Merges and certifies on the first `rows` of `held_out`, on the GPU where there is one.
+    """Merges and certifies on the first `rows` of `held_out`, on the GPU where there is one, within `room`.
 
     `onto` auto compares and keeps the better; an adapter that was trained on plain weights has one way only. `dtype`
     auto is the base's own, or float16 where bfloat16 erases the update and float16 can hold the weights.
@@ -38,6 +40,7 @@ def certified_merge(
     chats, manifest = read_held_out(held_out, rows), read_manifest(adapter_dir)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     written: torch.dtype | None = None if dtype == "auto" else getattr(torch, dtype)
+    room.require_block(need_of(base_dir, written or torch.bfloat16))  # what is hopeless, before minutes of merging
     only = None if onto == "auto" else Onto(onto)
     if only is None and not trained_on_nf4(manifest):
         only = Onto.PLAIN
@@ -55,10 +58,12 @@ def certified_merge(
                 reason += f", float16 {survival.share:.3f}"
             else:
                 reason += f"; float16 ends at {_FLOAT16_MOST:g} and a weight is {largest:g}"
-        return certify(adapter_dir, base_dir, merged, chats, device, way, survival=survival, dtype_reason=reason)
+        return certify(
+            adapter_dir, base_dir, merged, chats, device, way, survival=survival, dtype_reason=reason, room=room
+        )
 
     def measure_all(merged: Mapping[Onto, Path]) -> tuple[VariantDistance, ...]:
-        return compare_variants(adapter_dir, base_dir, merged, chats, device)
+        return compare_variants(adapter_dir, base_dir, merged, chats, device, room)
 
     if only is None or compare:
         return merge_compared(adapter_dir, base_dir, out, written, measure, measure_all, only)
@@ -86,7 +91,7 @@ def summary(adapter_dir: Path, out: Path, certificate: MergeCertificate) -> str:
     )
     return "\n".join(
         [
-            *([_HEAD, *lines] if lines else []),
+            *([_HEAD, *lines, *_notes(certificate)] if lines else []),
             *([f"written in {certificate.dtype}: {certificate.dtype_reason}"] if certificate.dtype_reason else []),
             f"{adapter_dir} merged onto the {certificate.onto} base: on {certificate.positions} tokens of "
             f"{certificate.rows} held-out rows it stands KL {certificate.kl_nats_mean:.1e} nats from base + adapter "
@@ -100,6 +105,15 @@ _HEAD = (
     f"{'variant':31} {'against':20} {'KL nats':>8} {'top-1':>7} {'NLL difference, 95 % interval':>31} "
     f"{'greedy prefix':>14}"
 )
+
+
+def _notes(certificate: MergeCertificate) -> list[str]:
+    notes = [f"kept: {certificate.onto} ({certificate.onto_reason})"] if certificate.onto_reason else []
+    if any(found.greedy_on == "held-out replies" for found in certificate.comparison):
+        notes.append(
+            "greedy prefix: along the held-out replies, since what was trained does not fit in memory to reply"
+        )
+    return notes
 
 
 def _row(found: VariantDistance) -> str:

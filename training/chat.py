@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import hashlib
 from bisect import bisect_right
-from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Literal
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Literal
 
 from training.template import Message as Message  # noqa: PLC0414 - all these are part of what this file gives
-from training.template import Reader, reader_of, template_text
+from training.template import Reader as Reader  # noqa: PLC0414
 from training.template import Role as Role  # noqa: PLC0414
 from training.template import TemplateError as TemplateError  # noqa: PLC0414
 from training.template import Tokenizer as Tokenizer  # noqa: PLC0414
+from training.template import ToolCall as ToolCall  # noqa: PLC0414
 from training.template import control_tokens as control_tokens  # noqa: PLC0414
+from training.template import reader_of as reader_of  # noqa: PLC0414
+from training.template import template_text
 
 Turns = Literal["all", "last"]  # of a chat, whose replies are trained
 IGNORED_LABEL = -100  # torch's cross-entropy skips this label
@@ -63,18 +66,23 @@ def end_of_turn_id(tokenizer: Tokenizer) -> int:
     return [label for label in example.labels if label != IGNORED_LABEL][-1]
 
 
-def render_prompt(tokenizer: Tokenizer, messages: Sequence[Message]) -> tuple[int, ...]:
+def render_prompt(
+    tokenizer: Tokenizer, messages: Sequence[Message], tools: Sequence[Mapping[str, Any]] = ()
+) -> tuple[int, ...]:
     """Returns the ids a model continues to answer `messages`; control tokens inside a content stay plain text.
 
-    Raises TemplateError where the template refuses the chat.
+    `tools` are what the chat may call, in the form that transformers' templates take. Raises TemplateError where the
+    template refuses the chat.
     """
-    reader = reader_of(tokenizer)
+    reader = reader_of(tokenizer, tools)
     return reader.ids(reader.escape_all(messages), generation_prompt=True)
 
 
-def render_chat(tokenizer: Tokenizer, messages: Sequence[Message]) -> tuple[int, ...]:
+def render_chat(
+    tokenizer: Tokenizer, messages: Sequence[Message], tools: Sequence[Mapping[str, Any]] = ()
+) -> tuple[int, ...]:
     """Returns the ids of a finished chat, without a generation prompt. Raises TemplateError as `render_prompt` does."""
-    reader = reader_of(tokenizer)
+    reader = reader_of(tokenizer, tools)
     return reader.ids(reader.escape_all(messages), generation_prompt=False)
 
 
@@ -166,5 +174,5 @@ def _shorten(reader: Reader, messages: list[Message], index: int, excess: int) -
     whole = size(len(message.content))
     # Searched over characters: cutting decoded ids would break characters, and decoders may change white space.
     length = bisect_right(range(1, len(message.content) + 1), max(whole - excess, 0), key=size)
-    messages[index] = Message(message.role, message.content[:length])
+    messages[index] = replace(message, content=message.content[:length])
     return whole - size(length)

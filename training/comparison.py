@@ -6,7 +6,6 @@ import shutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from transformers import GenerationConfig
@@ -17,11 +16,14 @@ from training.certificate import Chat, render_held_out, write_certificate
 from training.chat import IGNORED_LABEL, TrainExample
 from training.distance import Distance, distances
 from training.ground import Onto
-from training.merge import put_in_place, refuse_to_replace, write_merged
-from training.proof import VariantDistance
-from training.reading import Reading, head_of, load_adapted, load_merged, read
+from training.merge import merged_bytes, on_disk, put_in_place, refuse_to_replace, write_merged
+from training.proof import GreedyOn, VariantDistance
+from training.readable import Readable, Whole
+from training.reading import Reading, Wanted, load_adapted, load_merged, read_all
+from training.room import FREE_MEMORY, Room
 
 GREEDY_TOKENS = 32
+POLICY = "of the merges that pass, the one with the lowest held-out NLL, against what was trained"
 
 TRAINED = "NF4 base + adapter"
 PLAIN = "plain base + adapter"
@@ -51,28 +53,32 @@ def merge_compared(
     """
     refuse_to_replace(out)
     merged = {way: out.with_name(f"{out.name}.{way.value}.tmp") for way in Onto}
-    try:
-        certificates = {}
-        for way, directory in merged.items():
-            write_merged(adapter_dir, base_dir, directory, dtype, way)
-            certificates[way] = certify(directory, way)
-        found = compare(merged)
-        chosen = onto or choose(certificates, found)
-        certificate = certificates[chosen].model_copy(update={"comparison": found})
-        if certificate.passed:
-            write_certificate(merged[chosen], certificate)
-            put_in_place(merged[chosen], out)
-    finally:
-        for directory in merged.values():
-            shutil.rmtree(directory, ignore_errors=True)
+    with on_disk(out, len(merged) * merged_bytes(base_dir, dtype)):
+        try:
+            certificates = {}
+            for way, directory in merged.items():
+                write_merged(adapter_dir, base_dir, directory, dtype, way)
+                certificates[way] = certify(directory, way)
+            found = compare(merged)
+            chosen, reason = (onto, f"--onto {onto.value}") if onto else choose(certificates, found)
+            certificate = certificates[chosen].model_copy(update={"comparison": found, "onto_reason": reason})
+            if certificate.passed:
+                write_certificate(merged[chosen], certificate)
+                put_in_place(merged[chosen], out)
+        finally:
+            for directory in merged.values():
+                shutil.rmtree(directory, ignore_errors=True)
     return certificate
 
 
-def choose(certificates: Mapping[Onto, MergeCertificate], comparison: Sequence[VariantDistance]) -> Onto:
-    """Returns the way with the lowest held-out NLL, of those that passed; plain where none did, or both are equal."""
+def choose(certificates: Mapping[Onto, MergeCertificate], comparison: Sequence[VariantDistance]) -> tuple[Onto, str]:
+    """Returns the way to merge, by POLICY, and why; plain where none passed, or both are equal."""
     nll = {found.variant: found.nll_nats_difference for found in comparison if found.reference == TRAINED}
     passed = [way for way in Onto if certificates[way].passed]
-    return min(passed, key=lambda way: nll[MERGED[way]], default=Onto.PLAIN)
+    found = ", ".join(
+        f"{way.value} {nll[MERGED[way]]:+.4f} nats a token" + ("" if way in passed else " but failed") for way in Onto
+    )
+    return min(passed, key=lambda way: nll[MERGED[way]], default=Onto.PLAIN), f"{POLICY}: {found}"
 
 
 def compare_variants(
@@ -81,46 +87,63 @@ def compare_variants(
     merged: Mapping[Onto, Path],
     held_out: Sequence[Chat],
     device: torch.device,
+    room: Room = FREE_MEMORY,
 ) -> tuple[VariantDistance, ...]:
     """Measures each variant against what was trained, and the plain merge against plain base + adapter.
 
-    One model in memory at a time. Greedy replies are made by what was trained and read by the others: up to the first
-    token that another would not write, they are its own greedy reply too.
+    One model in memory at a time, or a block of it. Greedy replies are made by what was trained and read by the others:
+    up to the first token that another would not write, they are its own greedy reply too. Where what was trained does
+    not fit whole, each of its tokens would take a pass over its files: then the held-out replies are read instead, and
+    a prefix ends where the two would first write different tokens along them.
     """
     manifest = read_manifest(adapter_dir)
     examples = render_held_out(adapter_dir, held_out, manifest)
-    trained = load_adapted(adapter_dir, base_dir, manifest, Onto.DEQUANTISED, torch.float32, device)
-    replies = _greedy(trained, examples, manifest)
-    readings = {TRAINED: _read(trained, examples, replies)}
-    with trained.disable_adapter():
-        readings[BASE] = _read(trained, examples, replies)
-    head_VD = head_of(trained)
+    trained = load_adapted(adapter_dir, base_dir, manifest, Onto.DEQUANTISED, torch.float32, device, room)
+    on: GreedyOn = "own replies" if isinstance(trained, Whole) else "held-out replies"
+    replies = _greedy(trained, examples, manifest) if isinstance(trained, Whole) else list(map(_start, examples))
+    readings = dict(zip((TRAINED, BASE), _read(trained, examples, replies, base_too=True), strict=True))
+    head_VD = trained.head().float()
     del trained
     dtypes: dict[Onto, torch.dtype] = {}
     for way, directory in merged.items():
-        model = load_merged(directory, device)
-        readings[MERGED[way]], dtypes[way] = _read(model, examples, replies), model.dtype
+        model = load_merged(directory, device, room=room)
+        (readings[MERGED[way]],), dtypes[way] = _read(model, examples, replies), model.dtype
         del model
-    plain = load_adapted(adapter_dir, base_dir, manifest, Onto.PLAIN, dtypes[Onto.PLAIN], device)
-    readings[PLAIN] = _read(plain, examples, replies)
+    plain = load_adapted(adapter_dir, base_dir, manifest, Onto.PLAIN, dtypes[Onto.PLAIN], device, room)
+    (readings[PLAIN],) = _read(plain, examples, replies)
     others = [PLAIN, *(MERGED[way] for way in merged), BASE]
-    return (*_measure(TRAINED, others, readings, head_VD), *_measure(PLAIN, [MERGED[Onto.PLAIN]], readings, head_VD))
+    return (
+        *_measure(TRAINED, others, readings, head_VD, on),
+        *_measure(PLAIN, [MERGED[Onto.PLAIN]], readings, head_VD, on),
+    )
 
 
-def _read(model: Any, examples: Sequence[TrainExample], replies: Sequence[TrainExample]) -> _Readings:
-    return _Readings(read(model, examples), read(model, replies))
+def _read(
+    model: Readable, examples: Sequence[TrainExample], replies: Sequence[TrainExample], *, base_too: bool = False
+) -> list[_Readings]:
+    """Returns the model's readings, and those of its base alone where they are asked for."""
+    ways = (True, False) if base_too else (True,)
+    found = iter(read_all(model, [Wanted(rows, way) for way in ways for rows in (examples, replies)]))
+    return [_Readings(held_out, next(found)) for held_out in found]
 
 
 def _measure(
-    reference: str, variants: Sequence[str], readings: Mapping[str, _Readings], head_VD: torch.Tensor
+    reference: str,
+    variants: Sequence[str],
+    readings: Mapping[str, _Readings],
+    head_VD: torch.Tensor,
+    on: GreedyOn,
 ) -> list[VariantDistance]:
     far = distances(readings[reference].held_out, [readings[name].held_out for name in variants], head_VD)
     # What the reference itself would write, position by position: batching may have tipped a near tie in its replies.
     greedy = distances(readings[reference].greedy, [readings[name].greedy for name in variants], head_VD)
-    return [_facts(name, reference, *pair) for name, pair in zip(variants, zip(far, greedy, strict=True), strict=True)]
+    return [
+        _facts(name, reference, held_out, replies, on)
+        for name, held_out, replies in zip(variants, far, greedy, strict=True)
+    ]
 
 
-def _facts(variant: str, reference: str, far: Distance, greedy: Distance) -> VariantDistance:
+def _facts(variant: str, reference: str, far: Distance, greedy: Distance, on: GreedyOn) -> VariantDistance:
     prefixes = greedy.agreeing_prefixes()
     return VariantDistance(
         variant=variant,
@@ -132,11 +155,12 @@ def _facts(variant: str, reference: str, far: Distance, greedy: Distance) -> Var
         nll_nats_interval=far.nll_interval(),
         greedy_prefix_mean=sum(prefixes) / len(prefixes),
         greedy_tokens_mean=len(greedy.rows_N) / len(prefixes),
+        greedy_on=on,
     )
 
 
 @torch.inference_mode()
-def _greedy(model: Any, examples: Sequence[TrainExample], manifest: AdapterManifest) -> list[TrainExample]:
+def _greedy(trained: Whole, examples: Sequence[TrainExample], manifest: AdapterManifest) -> list[TrainExample]:
     """Returns each example's prompt with the model's own greedy reply, which is what is labelled."""
     prompts = [example.input_ids[: _reply_start(example)] for example in examples]
     stops = list(manifest.chat.stop_token_ids)
@@ -151,7 +175,7 @@ def _greedy(model: Any, examples: Sequence[TrainExample], manifest: AdapterManif
         pad_token_id=stops[0],
         use_cache=True,
     )
-    base = model.get_base_model()
+    model, base = trained.model, trained.base
     base.set_attn_implementation("sdpa")  # packed attention takes no batch
     try:
         out = model.generate(
@@ -170,6 +194,13 @@ def _reply_start(example: TrainExample) -> int:
     while example.labels[end - 1] != IGNORED_LABEL:
         end -= 1
     return end
+
+
+def _start(example: TrainExample) -> TrainExample:
+    """Returns the example up to GREEDY_TOKENS tokens of the reply that is measured, which is what is labelled."""
+    begin = _reply_start(example)
+    end = max(at for at, label in enumerate(example.labels) if label != IGNORED_LABEL) + 1
+    return _labelled_reply(example.input_ids[:begin], example.input_ids[begin : min(end, begin + GREEDY_TOKENS)], set())
 
 
 def _labelled_reply(prompt: Sequence[int], reply: Sequence[int], stops: set[int]) -> TrainExample:

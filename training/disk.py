@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import os
 import re
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -23,20 +24,29 @@ class DiskError(TrainingError):
 
 
 @contextmanager
-def disk_failures(out: Path) -> Iterator[None]:
-    """Raises DiskError where a write of the run in `out` is refused: disk full, over quota, read only, broken."""
+def disk_failures(out: Path, remedy: str | None = None) -> Iterator[None]:
+    """Raises DiskError where a write below `out` is refused: disk full, over quota, read only, broken.
+
+    `remedy` says what stays as it is and what to do; None: that of a training run in `out`.
+    """
     try:
         yield
     except (OSError, SafetensorError) as error:
-        number, name = _errno(error), getattr(error, "filename", None)
+        number = _errno(error)
+        name = (number in _REFUSED and getattr(error, "filename2", None)) or getattr(error, "filename", None)
         elsewhere = name is not None and not Path(os.fsdecode(name)).is_relative_to(out)
         if number not in _REFUSED and (number not in _REFUSED_OR_UNREADABLE or elsewhere):
             raise
-        where = name or out
-        raise DiskError(
-            f"cannot write {where}: {os.strerror(number)}. Whole checkpoints in {out / 'checkpoints'} stay as they "
-            "are: free some space or mend the disk, then go on with --resume"
-        ) from error
+        resume = (
+            f"Whole checkpoints in {out / 'checkpoints'} stay as they are: free some space or mend the disk, then go "
+            "on with --resume"
+        )
+        raise DiskError(f"cannot write {name or out}: {os.strerror(number)}. {remedy or resume}") from error
+
+
+def free_space(path: Path) -> int:
+    """Returns the bytes that can be written to the disk that holds `path`, which need not be there yet."""
+    return shutil.disk_usage(next(folder for folder in (path, *path.absolute().parents) if folder.exists())).free
 
 
 def write_whole(path: Path, content: bytes) -> None:

@@ -46,6 +46,12 @@ def _forward(self: Any, x: torch.Tensor) -> torch.Tensor:
     return out
 
 
+@torch.library.custom_op("graft::add_product_", mutates_args=("out",))
+def _add_product_(out: torch.Tensor, left: torch.Tensor, right: torch.Tensor, scale: float) -> None:
+    """Adds scale * left right to `out`. The compiler's own addmm would copy `out` first, a large matrix."""
+    out.addmm_(left, right, alpha=scale)
+
+
 class _LoraLinear(torch.autograd.Function):
     """y = x W' + bias + scaling * dropout(x) A' B'; W stays frozen, and is made dense again in the backward pass."""
 
@@ -72,7 +78,7 @@ class _LoraLinear(torch.autograd.Function):
         out_TO = x_TI @ dense_OI.T if bias_O is None else torch.addmm(bias_O.to(dtype), x_TI, dense_OI.T)
         dropped_TI, kept_TI = torch.native_dropout(x_TI, dropout, True) if dropout else (x_TI, None)
         low_TR = dropped_TI @ a_RI.T
-        out_TO = torch.addmm(out_TO, low_TR, b_OR.T, alpha=scaling)
+        _add_product_(out_TO, low_TR, b_OR.T, scaling)
         ctx.save_for_backward(x_TI, kept_TI, low_TR, a_RI, b_OR, stored, scales, nested_scales, code, offset)
         ctx.how, ctx.scaling, ctx.dropout, ctx.x_dtype = how, scaling, dropout, x.dtype
         return out_TO.view(*x.shape[:-1], out_TO.shape[-1])

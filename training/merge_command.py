@@ -34,6 +34,13 @@ def add_parser(parser: argparse.ArgumentParser) -> None:
         "--compare", action="store_true", help="measure both merges and both unmerged forms against what was trained"
     )
     parser.add_argument(
+        "--max-memory-gib",
+        type=float,
+        metavar="GIB",
+        help="that a model may take while it is measured, beside the program itself; one that needs more is read block "
+        "by block (default: what is free)",
+    )
+    parser.add_argument(
         "--if-changed", action="store_true", help="do nothing where this adapter is merged there already"
     )
     parser.set_defaults(run=_merge)
@@ -47,6 +54,7 @@ def _merge(arguments: argparse.Namespace, _: Sequence[str]) -> int:
         print(f"{out} is up to date")
         return 0
     from training.certify_merge import certified_merge, summary
+    from training.room import room_of
 
     base = arguments.base or base_of(manifest.recipe)
     held_out = arguments.held_out or arguments.adapter.with_name("held_out.jsonl")
@@ -59,6 +67,7 @@ def _merge(arguments: argparse.Namespace, _: Sequence[str]) -> int:
         rows=arguments.rows,
         onto=arguments.onto,
         compare=arguments.compare,
+        room=room_of(arguments.max_memory_gib),
     )
     print(summary(arguments.adapter, out, certificate))
     return 0 if certificate.passed else 1

@@ -16,9 +16,11 @@ from training import attention
 from training.batch import Pack, targets
 from training.config import LoraConfig
 from training.errors import TrainingError
+from training.graphs import GraphedDecoder
 from training.lora_linear import fuse_lora
-from training.loss import nll_sum
+from training.loss import ChunkNll, chunk_nll, chunk_nll_to_compile, nll_sum
 from training.neftune import add_noise
+from training.quantised import make_dense
 
 
 class ModelError(TrainingError):
@@ -41,39 +43,52 @@ def compute_dtype(name: str, device: torch.device) -> torch.dtype:
     return torch.bfloat16 if torch.cuda.get_device_capability(device) >= (8, 0) else torch.float16
 
 
+def nf4_config(dtype: torch.dtype, storage: torch.dtype = torch.uint8) -> BitsAndBytesConfig:
+    """Returns NF4 with double quantisation, computed in `dtype`; FSDP splits codes in a `storage` of floats alone."""
+    return BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=dtype,
+        bnb_4bit_quant_storage=storage,
+    )
+
+
 def load_base(
-    directory: Path, quantisation: str, dtype: torch.dtype, device: torch.device, *, shardable: bool = False
+    directory: Path,
+    quantisation: str,
+    dtype: torch.dtype,
+    device: torch.device,
+    *,
+    keep_dense: bool = False,
 ) -> Any:
     """Returns the frozen base with packed attention; NF4 with double quantisation where `quantisation` is "nf4".
 
-    `shardable` keeps the 4-bit codes in a tensor of `dtype`, which FSDP can split; bytes it cannot.
+    `keep_dense` makes the matrices dense at once, with the numbers that NF4 stands for, instead of twice in each step.
     """
     attention.register()
     options: dict[str, Any] = {}
     if quantisation == "nf4":
-        options["quantization_config"] = BitsAndBytesConfig(
-            load_in_4bit=True,
-            bnb_4bit_quant_type="nf4",
-            bnb_4bit_use_double_quant=True,
-            bnb_4bit_compute_dtype=dtype,
-            bnb_4bit_quant_storage=dtype if shardable else torch.uint8,
-        )
+        options["quantization_config"] = nf4_config(dtype)
     model = AutoModelForCausalLM.from_pretrained(
         str(directory), dtype=dtype, device_map={"": device}, attn_implementation=attention.NAME, **options
     )
+    if keep_dense:
+        make_dense(model)
     refuse_unsupported(model.config)
     model.config.use_cache = False
     model.requires_grad_(False)
-    _check_loss(model)
+    check_loss(PackLoss(model))
     return model
 
 
 @torch.no_grad()
-def _check_loss(model: Any) -> None:
+def check_loss(network: PackLoss) -> None:
     """Raises ModelError where hidden states times the head are not the logits: scaled, biased or capped ones."""
+    model = network.eval().model
     ids = torch.arange(1, 9, device=model.device)
     row = Pack(ids, ids, torch.arange(8, device=model.device), (8,))
-    ours = float(PackLoss(model.eval())(row))
+    ours = float(network(row))
     logits = model(input_ids=ids[None], use_cache=False).logits[0].float()
     theirs = float(torch.nn.functional.cross_entropy(logits[:-1], ids[1:], reduction="sum"))
     if not math.isclose(ours, theirs, rel_tol=2e-2):
@@ -132,13 +147,6 @@ def use_checkpointing(model: Any) -> None:
     model.enable_input_require_grads()
 
 
-def compile_blocks(model: Any) -> None:
-    """Compiles the decoder's blocks into fewer, larger kernels; the first step then takes one to two minutes."""
-    model.enable_input_require_grads()  # else the first block is another program, and is compiled for itself
-    for block in model.get_base_model().get_decoder().layers:
-        block.compile(dynamic=True)
-
-
 def _is_compiled(decoder: Any) -> bool:
     """Whether its blocks are; without gradients they would be another program, for a few validations."""
     return getattr(decoder.layers[0], "_compiled_call_impl", None) is not None
@@ -151,13 +159,18 @@ class PackLoss(torch.nn.Module):
         super().__init__()
         self.model = model
         self.neftune_alpha = neftune_alpha
+        self.graphs: GraphedDecoder | None = None  # for what is trained; validation goes without
+        self._of_chunk: ChunkNll = chunk_nll
 
     def forward(self, pack: Pack) -> torch.Tensor:
         """Returns the summed NLL in nats, fp32 scalar."""
-        return nll_sum(self.hidden(pack), self._causal().get_output_embeddings().weight, targets(pack))
+        head_VD = self._causal().get_output_embeddings().weight
+        return nll_sum(self.hidden(pack), head_VD, targets(pack), self._of_chunk)
 
     def hidden(self, pack: Pack) -> torch.Tensor:
         """Returns the last hidden states, [T, D]."""
+        if self.graphs is not None and self.training:
+            return self.graphs(pack)
         causal = self._causal()
         decoder = causal.get_decoder()
         with nullcontext() if self.training or not _is_compiled(decoder) else torch.compiler.set_stance("force_eager"):
@@ -168,6 +181,24 @@ class PackLoss(torch.nn.Module):
                 use_cache=False,
             ).last_hidden_state
         return hidden_1TD[0]
+
+    def compile_blocks(self) -> None:
+        """Compiles the decoder's blocks into fewer, larger kernels; the first step then takes one to two minutes."""
+        self.model.enable_input_require_grads()  # else the first block is another program, compiled for itself
+        for block in self._causal().get_decoder().layers:
+            block.compile(dynamic=True)
+        self._of_chunk = torch.compile(chunk_nll_to_compile, dynamic=True)
+
+    def use_graphs(self, *, most_tokens: int, most_rows: int, longest_row: int) -> None:
+        """Replays CUDA graphs for what is trained; the arguments bound a pack."""
+        trained = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
+        self.graphs = GraphedDecoder(
+            self._causal().get_decoder(),
+            trained,
+            most_tokens=most_tokens,
+            most_rows=most_rows,
+            longest_row=longest_row,
+        )
 
     def _inputs(self, pack: Pack) -> dict[str, torch.Tensor]:
         if self.neftune_alpha is None or not self.training:

@@ -43,6 +43,9 @@ class DeltaSurvival(Section):
         return all(abs(share - 1) <= self.share_off_allowed for share in (self.share, self.share_median))
 
 
+GreedyOn = Literal["own replies", "held-out replies"]
+
+
 class VariantDistance(Section):
     """How far a variant's answers stand from a reference variant's, over the same reply tokens."""
 
@@ -55,6 +58,8 @@ class VariantDistance(Section):
     nll_nats_interval: tuple[float, float]  # 95 %, by bootstrap over rows
     greedy_prefix_mean: float  # tokens of the reference's greedy reply that the variant would write too
     greedy_tokens_mean: float  # of the reference's greedy reply
+    # What the prefixes are of: the held-out replies where the reference did not fit in memory to write its own.
+    greedy_on: GreedyOn = "own replies"
 
 
 class ProbeError(Section):
@@ -93,6 +98,7 @@ class MergeCertificate(Section):
     dtype_reason: str | None = None  # why another than the base's own was chosen, or why that one had to stay
     probes: ProbeError | None = None  # None: recorded on another form of the base, or before there were any
     comparison: tuple[VariantDistance, ...] = ()
+    onto_reason: str | None = None  # why this way to merge, of two that were compared
 
     @property
     def passed(self) -> bool:

@@ -7,6 +7,9 @@ from typing import Any
 
 import torch
 
+# A frozen weight or its codes, their scales, and the scales' own scales, code and offset
+Stored = tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]
+
 
 @dataclass(frozen=True, slots=True)
 class Nf4:
@@ -17,7 +20,7 @@ class Nf4:
     dtype: torch.dtype  # of the arithmetic
 
 
-def parts_of(weight: Any) -> tuple[tuple[torch.Tensor | None, ...], Nf4 | None]:
+def parts_of(weight: Any) -> tuple[Stored, Nf4 | None]:
     """Returns a frozen weight as the plain tensors that `dense` takes, and how they are read; None: as it stands."""
     state = getattr(weight, "quant_state", None)
     if state is None:
@@ -49,6 +52,21 @@ def dense(
         stored.view(-1, 1), scales, how.blocksize, "nf4", how.shape, how.dtype
     )
     return matrix
+
+
+def make_dense(model: torch.nn.Module) -> None:
+    """Replaces a model's quantised layers by plain ones with the same numbers, one after the other."""
+    quantised = [
+        name for name, module in model.named_modules() if hasattr(getattr(module, "weight", None), "quant_state")
+    ]
+    for name in quantised:
+        layer: Any = model.get_submodule(name)
+        frozen, how = parts_of(layer.weight)
+        matrix_OI = dense(*frozen, how)
+        outputs, inputs = matrix_OI.shape
+        plain = torch.nn.Linear(inputs, outputs, bias=layer.bias is not None, device="meta")
+        plain.weight, plain.bias = torch.nn.Parameter(matrix_OI, requires_grad=False), layer.bias
+        model.set_submodule(name, plain)
 
 
 def nf4_round_trip(weight_OI: torch.Tensor) -> torch.Tensor:

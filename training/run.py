@@ -13,23 +13,26 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator, PartialState
-from accelerate.utils import ProjectConfiguration
+from accelerate.utils import ProjectConfiguration, parse_choice_from_env
 
-from training import attention, checkpoint
+from training import checkpoint
 from training.artifact import fingerprint_base
 from training.base import BaseFiles, resolve_base
 from training.chat import TrainExample
 from training.checkpoint import CheckpointError
 from training.config import TrainConfig, resolved_toml
 from training.data_gate.report import build_report
+from training.hollow import hollow_base
 from training.model import (
     ModelError,
     PackLoss,
     add_lora,
-    compile_blocks,
+    check_loss,
     compute_dtype,
     load_base,
     load_tokenizer,
+    nf4_config,
+    refuse_unsupported,
     use_checkpointing,
 )
 from training.optimizer import make_optimizer
@@ -45,9 +48,7 @@ from training.shard import (
     whole_optimizer,
 )
 from training.trackers import require_trackers
-
-_LONG_STEPS = 1000  # optimizer steps: on an H100 compiling takes 90 s, and a step is 0.1 s shorter for it
-_ROOMY_GIB = 40  # a 7B model's activations for 4,096 tokens take about 30 GiB beside its 6 GiB of weights
+from training.ways import Ways, choose_ways
 
 
 @dataclass(slots=True)
@@ -66,6 +67,7 @@ class Run:
     base: BaseFiles
     tokenizer: Any
     micro_batch_tokens: int  # the recipe's, until memory runs out
+    ways: Ways
     sharding: Sharding | None = None  # None: every process has a whole model
 
 
@@ -96,14 +98,17 @@ def assemble(
         print("data.turns = 'last': of each chat the last reply alone is trained", file=sys.stderr)
     data = data or prepare(tokenizer, config.data, config.run.eval_rows, quiet=quiet, report=examine)
     total = total_steps(len(data.train), config.optim)
-    model = _model(config, base, accelerator.device, shardable=sharding is not None)
-    if sharding is None and wants_compile(
-        config, compute_dtype(config.model.dtype, accelerator.device), total, accelerator.device
-    ):
-        compile_blocks(model)
-    loss = PackLoss(model, config.optim.neftune_alpha)
-    if sharding is not None:
-        shard(loss, accelerator.device, accelerator.num_processes, sharding)
+    dtype = compute_dtype(config.model.dtype, accelerator.device)
+    processes = accelerator.num_processes
+    ways = choose_ways(
+        config, dtype, accelerator.device, steps=total, processes=processes, sharded=sharding is not None
+    )
+    if sharding is None:
+        loss: Any = PackLoss(_model(config, base, accelerator.device, ways), config.optim.neftune_alpha)
+        take_ways(loss, config, ways)
+    else:
+        loss = _sharded(config, base, ways, accelerator, sharding)
+    model = loss.model
     optimizer = accelerator.prepare(make_optimizer(config.optim, [p for p in loss.parameters() if p.requires_grad]))
     if sharding is None:
         loss = accelerator.prepare(loss)
@@ -114,7 +119,7 @@ def assemble(
         "tokenizer or chat template": _digest(data.train),  # the same rows, rendered otherwise
     }
     budget = config.optim.micro_batch_tokens
-    parts = (model, loss, optimizer, total, inputs, base, tokenizer, budget, sharding)
+    parts = (model, loss, optimizer, total, inputs, base, tokenizer, budget, ways, sharding)
     return Run(config, out, data, accelerator, *parts)
 
 
@@ -129,16 +134,48 @@ def unsharded(run: Run) -> Run:
     if not run.accelerator.is_main_process:
         return run
     run.peft_model = run.loss = run.optimizer = None  # gives back its memory first
-    model = _model(run.config, run.base, run.accelerator.device, shardable=False)
+    model = _model(run.config, run.base, run.accelerator.device, run.ways)
     set_trained_weights(model, weights)
     return replace(run, peft_model=model, loss=PackLoss(model), sharding=None)
 
 
-def _model(config: TrainConfig, base: BaseFiles, device: torch.device, *, shardable: bool) -> Any:
+def take_ways(loss: PackLoss, config: TrainConfig, ways: Ways) -> None:
+    if ways.compile:
+        loss.compile_blocks()
+    if ways.graphs:
+        optim = config.optim
+        loss.use_graphs(
+            most_tokens=min(optim.micro_batch_tokens, optim.batch_size * config.data.cutoff),
+            most_rows=optim.batch_size,
+            longest_row=config.data.cutoff,
+        )
+
+
+def _model(config: TrainConfig, base: BaseFiles, device: torch.device, ways: Ways) -> Any:
     dtype = compute_dtype(config.model.dtype, device)
-    frozen = load_base(base.directory, config.model.quantisation, dtype, device, shardable=shardable)
+    return _adapted(
+        load_base(base.directory, config.model.quantisation, dtype, device, keep_dense=ways.dense), config, ways
+    )
+
+
+def _sharded(
+    config: TrainConfig, base: BaseFiles, ways: Ways, accelerator: Accelerator, sharding: Sharding
+) -> PackLoss:
+    """Returns the network spread over all processes, none of which ever holds the whole of it."""
+    device, dtype = accelerator.device, compute_dtype(config.model.dtype, accelerator.device)
+    nf4 = nf4_config(dtype, storage=dtype) if config.model.quantisation == "nf4" else None
+    hollow = hollow_base(base.directory, dtype, device, nf4)
+    refuse_unsupported(hollow.model.config)
+    hollow.model.config.use_cache = False
+    loss = PackLoss(_adapted(hollow.model, config, ways), config.optim.neftune_alpha)
+    shard(loss, hollow, dtype, device, accelerator.num_processes, sharding)
+    check_loss(loss)
+    return loss
+
+
+def _adapted(frozen: Any, config: TrainConfig, ways: Ways) -> Any:
     model = add_lora(frozen, config.lora, config.run.seed)
-    if wants_recompute(config, device):
+    if ways.recompute:
         use_checkpointing(model)
     return model
 
@@ -195,6 +232,7 @@ def _accelerator(config: TrainConfig, out: Path) -> Accelerator:
     if config.optim.optimizer == "paged_adamw_8bit" and on_cpu:
         raise ModelError("optim.optimizer = 'paged_adamw_8bit' needs a CUDA device; use 'adamw' on a CPU")
     precision = {torch.float32: "no", torch.bfloat16: "bf16", torch.float16: "fp16"}[dtype]
+    heed_launcher(precision, config.model.dtype, dtype)
     accelerator = Accelerator(
         cpu=on_cpu,
         mixed_precision=precision,
@@ -214,20 +252,20 @@ def _accelerator(config: TrainConfig, out: Path) -> Accelerator:
     return accelerator
 
 
-def wants_recompute(config: TrainConfig, device: torch.device) -> bool:
-    """Whether activations are recomputed: as the recipe says, else on a GPU with little memory."""
-    if config.run.gradient_checkpointing != "auto":
-        return config.run.gradient_checkpointing == "on"
-    if device.type != "cuda":
-        return False
-    return torch.cuda.get_device_properties(device).total_memory < _ROOMY_GIB * 2**30
+def heed_launcher(precision: str, name: str, dtype: torch.dtype) -> None:
+    """Raises ModelError where the launcher asks for another precision than the recipe; tells where "no" is not kept.
 
-
-def wants_compile(config: TrainConfig, dtype: torch.dtype, total: int, device: torch.device) -> bool:
-    """Whether blocks are compiled: as the recipe says, else where it pays and one program serves every pack."""
-    if config.run.compile != "auto":
-        return config.run.compile == "on"
-    return total >= _LONG_STEPS and attention.takes_bounds(dtype, device)
+    Its "no" may be nobody's wish: the launcher says so too where it is asked for nothing.
+    """
+    asked = parse_choice_from_env("ACCELERATE_MIXED_PRECISION", "")
+    found = f"model.dtype = {name!r}, which is {str(dtype).removeprefix('torch.')} here"
+    if asked not in ("", "no", precision):
+        raise ModelError(
+            f"--mixed_precision {asked} (ACCELERATE_MIXED_PRECISION) is not {found}: the recipe alone decides; set its "
+            "model.dtype, or launch with --mixed_precision no"
+        )
+    if asked == "no" != precision and this_process().is_main_process:
+        print(f"the launcher's mixed precision 'no' does not apply: {found}", file=sys.stderr, flush=True)
 
 
 def _digest(examples: Iterable[TrainExample]) -> str:

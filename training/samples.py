@@ -9,6 +9,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -21,6 +22,7 @@ from training.chat import (
     render_prompt,
     with_default_system,
 )
+from training.config import TrainConfig
 from training.log import read_log
 from training.model import PackLoss
 from training.run import Run
@@ -85,9 +87,7 @@ def take_samples(run: Run, log: SampleLog | None, step: int) -> None:
     settings, tokenizer, begun = run.config.run, run.tokenizer, time.monotonic()
     if not settings.sample_prompts:
         return
-    system = QWEN_SYSTEM_PROMPT if run.config.data.template == "qwen" else None
-    chats = [with_default_system((Message("user", prompt),), system) for prompt in settings.sample_prompts]
-    prompts = [render_prompt(tokenizer, chat) for chat in chats]
+    prompts = prompts_of(run.config, tokenizer)
     completions = greedy(run, prompts, settings.sample_tokens)
     if log is None:
         return
@@ -101,6 +101,13 @@ def take_samples(run: Run, log: SampleLog | None, step: int) -> None:
     first = " ".join(log.samples[-len(prompts)].completion.split())
     shown = first if len(first) <= _SHOWN else first[: _SHOWN - 1] + "…"
     print(f'samples after step {step}, in {time.monotonic() - begun:.1f} s: "{shown}"', file=sys.stderr, flush=True)
+
+
+def prompts_of(config: TrainConfig, tokenizer: Any) -> list[tuple[int, ...]]:
+    """Returns the ids of the recipe's prompts, as they are served."""
+    system = QWEN_SYSTEM_PROMPT if config.data.template == "qwen" else None
+    chats = [with_default_system((Message("user", prompt),), system) for prompt in config.run.sample_prompts]
+    return [render_prompt(tokenizer, chat) for chat in chats]
 
 
 @torch.no_grad()

@@ -23,6 +23,11 @@ class ModelConfig(_Section):
     dtype: Literal["auto", "float32", "float16", "bfloat16"] = Field(
         default="auto", description="of the arithmetic; auto: float32 on CPU, bfloat16 from Ampere on, else float16"
     )
+    keep_dense: Literal["auto", "on", "off"] = Field(
+        default="auto",
+        description="make NF4 weights dense once, when they are loaded: the same numbers, a 7B model in 14 GiB and not "
+        "in 5; auto: with compiled blocks that keep activations, which hold them anyway",
+    )
 
 
 class DataConfig(_Section):
@@ -107,7 +112,11 @@ class RunConfig(_Section):
     compile: Literal["auto", "on", "off"] = Field(
         default="auto",
         description="the blocks, a minute or two at the start; auto: long 16-bit runs from Ampere on; measured on one "
-        "GPU, not yet tried with several processes",
+        "GPU; several processes train the same adapter",
+    )
+    cuda_graphs: Literal["auto", "on", "off"] = Field(
+        default="auto",
+        description="start a pack's kernels in two calls; auto: with compiled blocks that keep activations, on one GPU",
     )
 
     @model_validator(mode="after")

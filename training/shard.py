@@ -14,6 +14,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 
 from training.config import TrainConfig
 from training.errors import TrainingError
+from training.hollow import Hollow
 
 _USE = "ACCELERATE_USE_FSDP"
 _ONLY = {  # of the launcher's settings: what is allowed, and the remedy for the rest
@@ -57,6 +58,8 @@ def require_shardable(config: TrainConfig, processes: int, dtype: torch.dtype) -
         "lora.dora = true": config.lora.dora,
         "run.sample_prompts": bool(config.run.sample_prompts),
         "run.compile = 'on'": config.run.compile == "on",
+        "run.cuda_graphs = 'on'": config.run.cuda_graphs == "on",
+        "model.keep_dense = 'on'": config.model.keep_dense == "on",
         f"model.dtype = {config.model.dtype!r} (float16 here)": dtype == torch.float16,  # its scaler is one process's
     }
     if found := [name for name, present in refused.items() if present]:
@@ -65,18 +68,33 @@ def require_shardable(config: TrainConfig, processes: int, dtype: torch.dtype) -
         raise ShardingError("one process has nothing to shard with; launch without --use_fsdp, or with more processes")
 
 
-def shard(network: Any, device: torch.device, processes: int, sharding: Sharding) -> None:
-    """Spreads a PackLoss over all processes, in place: each decoder block is gathered when it runs, the rest once.
+def shard(
+    network: Any, hollow: Hollow, dtype: torch.dtype, device: torch.device, processes: int, how: Sharding
+) -> None:
+    """Fills a hollow PackLoss and spreads it over all processes, in place: each block is gathered when it runs, the
+    rest once.
 
+    A process reads and quantises a block, keeps its part of it, and goes on to the next: none ever holds the whole.
     The blocks go by peft's own forward pass: gathered weights carry no quantisation state, which bitsandbytes'
     layers then take from themselves.
     """
+
+    def weight_of(name: str) -> torch.Tensor:
+        return hollow.read(name).to(device=device, dtype=dtype)
+
     mesh = init_device_mesh(device.type, (processes,))
     for module in network.modules():
         if isinstance(module, LoraLayer):
             module.__dict__.pop("forward", None)
-    for block in network.model.get_base_model().get_decoder().layers:
-        fully_shard(block, mesh=mesh, reshard_after_forward=sharding.reshard_after_forward)
+    causal = network.model.get_base_model()
+    blocks = causal.get_decoder().layers
+    ends = [name for name in hollow.slots.keys() - hollow.names_in(blocks) if name in hollow.files]
+    for block in blocks:
+        hollow.fill(hollow.names_in(block), weight_of)
+        fully_shard(block, mesh=mesh, reshard_after_forward=how.reshard_after_forward)
+    hollow.fill(ends, weight_of)
+    if hollow.name_of(causal.get_output_embeddings()) not in ends:  # it has no weight of its own
+        causal.get_output_embeddings().weight = causal.get_input_embeddings().weight
     fully_shard(network, mesh=mesh, reshard_after_forward=False)
 
 

@@ -36,16 +36,17 @@ def optimizer_step(run: Run, step: int) -> StepRecord:
     rate = learning_rate(step, run.total, optim)
     for group in run.optimizer.param_groups:
         group["lr"] = rate
-    run.loss.train()
+    _require_training_mode(run)
     mine = _my_rows(run, examples)
 
-    def attempt(budget: int) -> float:
+    def attempt(budget: int) -> torch.Tensor:
         run.optimizer.zero_grad()
         torch.manual_seed(_step_seed(run.config.run.seed, step, accelerator.process_index))
         return _backward(run, _even(run, pack_rows(mine, budget), examples, budget), labelled)
 
-    nll_nats = within_memory(run, mine, attempt)
-    norm = float(whole(accelerator.clip_grad_norm_(run.loss.parameters(), optim.max_grad_norm)))
+    nll = within_memory(run, mine, attempt)
+    clipped = whole(accelerator.clip_grad_norm_(run.loss.parameters(), optim.max_grad_norm))
+    nll_nats, norm = torch.stack((nll, clipped.to(nll))).tolist()  # waits for the device, once
     require_finite(run, step + 1, rows, nll_nats, norm)
     skipped = _update(run, step + 1)
     tokens = sum(len(example.input_ids) for example in examples)
@@ -61,6 +62,12 @@ def optimizer_step(run: Run, step: int) -> StepRecord:
         peak_gib=peak_gib(accelerator.device),
         overflows=int(skipped),
     )
+
+
+def _require_training_mode(run: Run) -> None:
+    """Asks first: going through a 7B model's modules takes 10 ms, in which its GPU has nothing to do."""
+    if not run.accelerator.unwrap_model(run.loss).training:  # what validation and samples switch; not DDP around it
+        run.loss.train()
 
 
 def _update(run: Run, step: int) -> bool:
@@ -103,7 +110,7 @@ def _even(run: Run, packs: list[Pack], examples: Sequence[TrainExample], budget:
     return packs + pack_rows([_unlabelled(examples)], budget) * (passes - len(packs))
 
 
-def _backward(run: Run, packs: list[Pack], labelled: int) -> float:
+def _backward(run: Run, packs: list[Pack], labelled: int) -> torch.Tensor:
     """Accumulates the step's gradient; returns its summed NLL over all processes."""
     accelerator, total = run.accelerator, torch.zeros((), device=run.accelerator.device)
     for number, pack in enumerate(packs):
@@ -114,7 +121,8 @@ def _backward(run: Run, packs: list[Pack], labelled: int) -> float:
             # DDP averages over processes; the loss is a mean over the labelled tokens of the whole step.
             accelerator.backward(nll * (accelerator.num_processes / labelled))
         total += nll.detach()
-    return float(accelerator.reduce(total, "sum"))
+    summed: torch.Tensor = accelerator.reduce(total, "sum")
+    return summed
 
 
 @torch.no_grad()

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal, Protocol, cast
 
 from training.errors import TrainingError
 
-Role = Literal["system", "user", "assistant"]
+Role = Literal["system", "user", "assistant", "tool"]
 
 # Text is cut at this character when it is encoded. It is put inside a control token's text in a content, so that only
 # the template's own control tokens remain. It is a Unicode noncharacter: no text may carry it.
@@ -21,9 +21,20 @@ class TemplateError(TrainingError):
 
 
 @dataclass(frozen=True, slots=True)
+class ToolCall:
+    """A call that an assistant made; a message of role tool with its id carries the result."""
+
+    id: str
+    name: str  # letters, digits, _ and -
+    arguments: Mapping[str, Any]
+
+
+@dataclass(frozen=True, slots=True)
 class Message:
     role: Role
     content: str
+    tool_calls: tuple[ToolCall, ...] = ()
+    tool_call_id: str | None = None  # of role tool alone
 
 
 class Tokenizer(Protocol):
@@ -54,9 +65,25 @@ class Reader:
     tokenizer: Tokenizer
     controls: Mapping[str, int]  # text to id
     anchor: str  # the text of a control token that leaves white space after it alone, "" where there is none
+    tools: Sequence[Mapping[str, Any]] = ()  # as the template takes them; escaped already
 
     def escape_all(self, messages: Sequence[Message]) -> list[Message]:
-        return [Message(message.role, self.escape(message.content)) for message in messages]
+        return [self._escape_message(message) for message in messages]
+
+    def _escape_message(self, message: Message) -> Message:
+        calls = [
+            ToolCall(self.escape(call.id), call.name, self.escape_json(call.arguments)) for call in message.tool_calls
+        ]
+        answers = message.tool_call_id and self.escape(message.tool_call_id)
+        return Message(message.role, self.escape(message.content), tuple(calls), answers)
+
+    def escape_json(self, value: Any) -> Any:
+        """Returns the value with every text in it escaped, keys too."""
+        if isinstance(value, str):
+            return self.escape(value)
+        if isinstance(value, Mapping):
+            return {self.escape(key): self.escape_json(each) for key, each in value.items()}
+        return [self.escape_json(each) for each in value] if isinstance(value, list) else value
 
     def escape(self, content: str) -> str:
         """Breaks the texts of control tokens by marks. Raises TemplateError where one cannot be broken."""
@@ -72,9 +99,14 @@ class Reader:
 
     def render(self, chat: Sequence[Message], *, generation_prompt: bool) -> str:
         """Returns the template's text; the contents of `chat` are escaped already."""
-        dicts = [{"role": message.role, "content": message.content} for message in chat]
+        options = {"tools": list(self.tools)} if self.tools else {}
         try:
-            text = self.tokenizer.apply_chat_template(dicts, tokenize=False, add_generation_prompt=generation_prompt)
+            text = self.tokenizer.apply_chat_template(
+                [_as_dict(message) for message in chat],
+                tokenize=False,
+                add_generation_prompt=generation_prompt,
+                **options,
+            )
         except Exception as error:  # templates raise what they like, jinja2's errors among them
             raise TemplateError(f"the chat template refused the messages: {error}") from error
         return cast(str, text)
@@ -127,12 +159,26 @@ class Reader:
         return self.encode(header + near)[: len(ids)] != ids
 
 
-def reader_of(tokenizer: Tokenizer) -> Reader:
-    """Raises TemplateError where the tokenizer has no chat template."""
+def reader_of(tokenizer: Tokenizer, tools: Sequence[Mapping[str, Any]] = ()) -> Reader:
+    """`tools` are functions a chat may call. Raises TemplateError where the tokenizer has no chat template."""
     template_text(tokenizer)
     tokens = tokenizer.added_tokens_decoder.values()
     anchor = next((str(token.content) for token in tokens if token.special and not token.rstrip), "")
-    return Reader(tokenizer, control_tokens(tokenizer), anchor)
+    reader = Reader(tokenizer, control_tokens(tokenizer), anchor)
+    return replace(reader, tools=reader.escape_json(list(tools))) if tools else reader
+
+
+def _as_dict(message: Message) -> dict[str, Any]:
+    """Returns the message as templates read it: arguments are an object, not OpenAI's text of one."""
+    fields: dict[str, Any] = {"role": message.role, "content": message.content}
+    if message.tool_calls:
+        fields["tool_calls"] = [
+            {"id": call.id, "type": "function", "function": {"name": call.name, "arguments": call.arguments}}
+            for call in message.tool_calls
+        ]
+    if message.tool_call_id is not None:
+        fields["tool_call_id"] = message.tool_call_id
+    return fields
 
 
 def template_text(tokenizer: Tokenizer) -> str:

@@ -40,16 +40,16 @@ def _add_revisions(router: APIRouter, administration: Administration) -> None:
 
     @router.get("/revisions")
     async def list_revisions() -> RevisionList:
-        return administration.revisions()
+        return await administration.revisions()
 
     @router.put("/revisions/{revision:path}/pin")
     async def pin_revision(revision: str) -> RevisionView:
         """Keeps its weights in the engine."""
-        return administration.pin(revision, True)
+        return await administration.pin(revision, True)
 
     @router.delete("/revisions/{revision:path}/pin")
     async def unpin_revision(revision: str) -> RevisionView:
-        return administration.pin(revision, False)
+        return await administration.pin(revision, False)
 
     @router.get("/revisions/{revision:path}")
     async def inspect_revision(revision: str) -> InspectedRevision:
@@ -73,16 +73,16 @@ def _add_labels(router: APIRouter, administration: Administration) -> None:
     @router.post("/labels/{alias:path}/rollback")
     async def roll_back_label(alias: str) -> LabelView:
         """Moves a label back to where it was before."""
-        return administration.roll_back(alias)
+        return await administration.roll_back(alias)
 
     @router.put("/labels/{alias:path}")
     async def promote_label(alias: str, body: PromoteRequest) -> LabelView:
         """Moves `name:label` to a revision; what runs ends where it began."""
-        return administration.promote(alias, body)
+        return await administration.promote(alias, body)
 
     @router.delete("/labels/{alias:path}")
     async def remove_label(alias: str) -> Deleted:
-        return administration.remove_label(alias)
+        return await administration.remove_label(alias)
 
 
 def _add_policies(router: APIRouter, administration: Administration) -> None:
@@ -92,11 +92,11 @@ def _add_policies(router: APIRouter, administration: Administration) -> None:
 
     @router.put("/policies/{name:path}")
     async def set_policy(name: str, body: PolicyRequest) -> PolicyView:
-        return administration.set_policy(name, body)
+        return await administration.set_policy(name, body)
 
     @router.delete("/policies/{name:path}")
     async def remove_policy(name: str) -> Deleted:
-        return administration.remove_policy(name)
+        return await administration.remove_policy(name)
 
     @router.get("/shadows/{name:path}")
     async def get_shadows(name: str) -> ShadowReport:

@@ -54,10 +54,11 @@ class Administration:
             await asyncio.to_thread(download, hub_id, body.hub_revision, files, self._hub)
             return await self._registry.register(body.name, Path(hub_id), body.label, downloaded=files)
 
-    def revisions(self) -> RevisionList:
+    async def revisions(self) -> RevisionList:
+        refusals = await self._registry.refusals()
         return RevisionList(
             data=[revision_view(self._registry, revision) for revision in self._registry.revisions()],
-            refusals=[refusal_view(refusal) for refusal in self._registry.refusals()],
+            refusals=[refusal_view(refusal) for refusal in refusals],
         )
 
     async def inspect(self, revision_id: str) -> InspectedRevision:
@@ -70,31 +71,28 @@ class Administration:
                 lease.release()
         return inspected_view(self._registry, revision, manifest)
 
-    def pin(self, revision_id: str, pinned: bool) -> RevisionView:
+    async def pin(self, revision_id: str, pinned: bool) -> RevisionView:
         found = self._find(revision_id)
-        return revision_view(self._registry, self._registry.pin(found.name, found.digest, pinned))
+        return revision_view(self._registry, await self._registry.pin(found.name, found.digest, pinned))
 
     async def retire(self, revision_id: str, wait_s: float) -> tuple[bool, RevisionView]:
         """Says whether it is freed by now; the drain goes on, whether its asker waits or not."""
         found = self._find(revision_id)
-        try:
-            async with asyncio.timeout(wait_s):
-                return True, revision_view(self._registry, await self._registry.retire(found.name, found.digest))
-        except TimeoutError:
-            return False, revision_view(self._registry, self._registry.revision(found.name, found.digest))
+        revision = await self._registry.retire(found.name, found.digest, wait_s)
+        return revision.status is RevisionStatus.RETIRED, revision_view(self._registry, revision)
 
     def labels(self) -> LabelList:
         return LabelList(data=[label_view(label) for label in self._registry.labels()])
 
-    def promote(self, alias: str, body: PromoteRequest) -> LabelView:
+    async def promote(self, alias: str, body: PromoteRequest) -> LabelView:
         name, label = _parts(alias)
-        return label_view(self._registry.promote(name, label, body.digest, body.expected))
+        return label_view(await self._registry.promote(name, label, body.digest, body.expected))
 
-    def roll_back(self, alias: str) -> LabelView:
-        return label_view(self._registry.roll_back(*_parts(alias)))
+    async def roll_back(self, alias: str) -> LabelView:
+        return label_view(await self._registry.roll_back(*_parts(alias)))
 
-    def remove_label(self, alias: str) -> Deleted:
-        self._registry.remove_label(*_parts(alias))
+    async def remove_label(self, alias: str) -> Deleted:
+        await self._registry.remove_label(*_parts(alias))
         return Deleted(id=alias)
 
     def policy(self, name: str) -> PolicyView:
@@ -103,14 +101,14 @@ class Administration:
             raise ModelNotFound(f"{name[:200]!r} has no policy; PUT one, its default label answers", param="name")
         return policy_view(name, policy)
 
-    def set_policy(self, name: str, body: PolicyRequest) -> PolicyView:
+    async def set_policy(self, name: str, body: PolicyRequest) -> PolicyView:
         policy = Policy(body.weights, body.sticky, body.shadow)
-        self._registry.set_policy(name, policy)
+        await self._registry.set_policy(name, policy)
         return policy_view(name, policy)
 
-    def remove_policy(self, name: str) -> Deleted:
+    async def remove_policy(self, name: str) -> Deleted:
         self.policy(name)
-        self._registry.set_policy(name, None)
+        await self._registry.set_policy(name, None)
         return Deleted(id=name)
 
     async def shadows(self, name: str) -> ShadowReport:

@@ -7,23 +7,24 @@ from typing import Any, ClassVar, Literal
 
 from pydantic import BaseModel, Field, model_validator
 
-from serving.errors import BadRequest
-from serving.messages import MAX_MESSAGES, NO_TOOLS, ChatMessage
+from serving.engine.engine import Feature
+from serving.errors import BadRequest, UnsupportedField
+from serving.messages import MAX_MESSAGES, OLD_CALLS, ChatMessage
 from serving.sampling import SHARED_HARMLESS, SamplingFields
+from serving.tools.offer import AUTO, is_held
+from serving.tools.protocol import Choice, Tools, check_names
+from serving.tools.turns import check_calls
 from serving.usage import Usage
 from serving.wire import Harmless
 
 
 class ChatRequest(SamplingFields):
     remedies: ClassVar[Mapping[str, str]] = {
-        **dict.fromkeys(("tools", "tool_choice", "functions", "function_call"), NO_TOOLS),
+        **dict.fromkeys(("functions", "function_call"), OLD_CALLS),
         "reasoning_effort": "remove it: no chat template that is proven here reads it",
     }
     harmless: ClassVar[Harmless] = {
         **SHARED_HARMLESS,
-        "tools": ([],),
-        "tool_choice": ("none", "auto"),  # without tools both mean a plain reply
-        "parallel_tool_calls": None,  # speaks of tools, which are refused
         "functions": ([],),
         "function_call": ("none", "auto"),
         "modalities": (["text"],),
@@ -49,10 +50,16 @@ class ChatRequest(SamplingFields):
     max_completion_tokens: int | None = Field(None, ge=1)
     logprobs: bool = False
     top_logprobs: int | None = Field(None, ge=0, le=20)
+    tools: Tools = Field(default_factory=list)
+    tool_choice: Choice | None = None
+    parallel_tool_calls: bool = True
 
     @model_validator(mode="after")
     def _fields_agree(self) -> ChatRequest:
         self.check_stream_options()
+        check_calls(self.messages)
+        if self.tools or self.tool_choice is not None:
+            self._check_tools()
         if self.top_logprobs is not None and not self.logprobs:
             raise BadRequest("top_logprobs needs logprobs: true; set it or remove top_logprobs", param="top_logprobs")
         both = (self.max_tokens, self.max_completion_tokens)
@@ -62,6 +69,33 @@ class ChatRequest(SamplingFields):
                 param="max_completion_tokens",
             )
         return self
+
+    def _check_tools(self) -> None:
+        check_names(self.tools, self.tool_choice)
+        if self.may_call and self.response_format is not None and self.response_format.type != "text":
+            raise BadRequest(
+                f"response_format is {self.response_format.type}, which a call is not; give type text, or tool_choice "
+                "'none', or remove tools",
+                param="response_format",
+            )
+
+    @property
+    def may_call(self) -> bool:
+        """Whether functions are offered; with tool_choice none they are not even rendered."""
+        return bool(self.tools) and (self.tool_choice is None or self.tool_choice.mode != "none")
+
+    def check_features(self, features: frozenset[Feature]) -> None:
+        super().check_features(features)
+        if self.may_call and Feature.GRAMMAR not in features and is_held(self.tools, self.tool_choice or AUTO):
+            strict = (place for place, tool in enumerate(self.tools) if tool.function.strict)
+            forced = self.tool_choice is not None and self.tool_choice.mode == "required"
+            param = "tool_choice" if forced else f"tools[{next(strict)}].function.strict"
+            remedy = "give 'auto'" if forced else "remove it"
+            raise UnsupportedField(
+                f"{param}: the engine that runs here cannot hold a reply to a call; {remedy}, or start the server with "
+                "--engine transformers or vllm",
+                param=param,
+            )
 
     @property
     def asked_tokens(self) -> int | None:
@@ -94,9 +128,29 @@ class ReplyMessage(BaseModel):
     refusal: None = None
 
 
+class CalledFunction(BaseModel):
+    name: str
+    arguments: str  # JSON text
+
+
+class ReplyCall(BaseModel):
+    id: str
+    type: Literal["function"] = "function"
+    function: CalledFunction
+
+
+class CallingMessage(BaseModel):
+    """`content` is null where the reply has no text beside its calls."""
+
+    role: Literal["assistant"] = "assistant"
+    content: str | None
+    refusal: None = None
+    tool_calls: list[ReplyCall]
+
+
 class ChatChoice(BaseModel):
     index: int
-    message: ReplyMessage
+    message: ReplyMessage | CallingMessage
     logprobs: ChatLogprobs | None
     finish_reason: str
 

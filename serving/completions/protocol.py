@@ -12,7 +12,8 @@ from serving.wire import Harmless, whole_text
 
 Prompt = str | tuple[int, ...]
 MAX_PROMPTS = 2048  # a body has room for a million, which would hold up every other request while they are checked
-_IDS_SCHEMA = {"type": "array", "items": {"type": "integer"}, "minItems": 1}
+MAX_IDS = 2**18  # of all prompts together; for the same reason
+_IDS_SCHEMA = {"type": "array", "items": {"type": "integer"}, "minItems": 1, "maxItems": MAX_IDS}
 _PROMPTS_SCHEMA = {
     "anyOf": [
         {"type": "string"},
@@ -29,15 +30,22 @@ def _prompts(value: object) -> tuple[Prompt, ...]:
         return (whole_text(value),)
     if not isinstance(value, list) or not value:
         raise ValueError("has to be a text, a list of texts, a list of token ids or a list of such lists; not empty")
-    if _are_ids(value):
-        return (tuple(value),)
-    if len(value) > MAX_PROMPTS:
-        raise ValueError(f"has {len(value)} prompts; at most {MAX_PROMPTS} are allowed")
+    if type(value[0]) is int:
+        _check_count(len(value), MAX_IDS, "token ids")
+        if _are_ids(value):
+            return (tuple(value),)
+    _check_count(len(value), MAX_PROMPTS, "prompts")
     if all(isinstance(item, str) for item in value):
         return tuple(map(whole_text, value))
+    _check_count(sum(len(item) for item in value if isinstance(item, list)), MAX_IDS, "token ids")
     if all(isinstance(item, list) and item and _are_ids(item) for item in value):
         return tuple(tuple(item) for item in value)
     raise ValueError("mixes forms: give only texts, only token ids, or only non-empty lists of token ids")
+
+
+def _check_count(count: int, most: int, what: str) -> None:
+    if count > most:
+        raise ValueError(f"has {count} {what}; at most {most} are allowed")
 
 
 def _are_ids(items: list[Any]) -> bool:

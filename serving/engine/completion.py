@@ -68,13 +68,27 @@ async def complete(engine: Generates, vocabulary: Vocabulary, choice: Choice) ->
 
 
 async def complete_all(
-    engine: Generates, vocabulary: Vocabulary, choices: Sequence[Choice], within_s: float | None = None
+    engine: Generates,
+    vocabulary: Vocabulary,
+    choices: Sequence[Choice],
+    within_s: float | None = None,
+    *,
+    buffered: bool = True,
 ) -> AsyncGenerator[Piece, None]:
     """Runs the choices at once and yields their pieces as they come. The first error ends them all.
 
     A slow reader holds up no choice: what it has not read is kept, at most `max_tokens` pieces a choice. Raises
-    DeadlineExceeded where a choice does not end `within_s`; its work is freed then, read or not.
+    DeadlineExceeded where a choice does not end `within_s`; its work is freed then, read or not. Who waits for nothing
+    but the next piece needs them not `buffered`: a choice alone then runs in the reader's own task, in fewer turns.
     """
+    if len(choices) == 1 and not buffered:
+        try:
+            async with asyncio.timeout(within_s) as limit, aclosing(complete(engine, vocabulary, choices[0])) as pieces:
+                async for piece in pieces:
+                    yield piece
+        except TimeoutError as error:
+            raise (_too_late() if limit.expired() else error) from None
+        return
     queue: asyncio.Queue[Piece | Exception | None] = asyncio.Queue()
     tasks = [asyncio.create_task(_pump(complete(engine, vocabulary, choice), queue, within_s)) for choice in choices]
     try:

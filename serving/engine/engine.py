@@ -30,17 +30,42 @@ class Variant:
     path: Path
 
 
+class WeightFormat(enum.Enum):
+    """How the base's weights are kept. Merged models are plain under each: their certificate is of what was written."""
+
+    PLAIN = "plain"  # in the dtype of the arithmetic
+    NF4 = "nf4"  # as QLoRA trains: 4 bits with double quantisation; embedding and head are plain
+    FP16 = "fp16"  # on a CPU: linear layers rounded to 16 bits, arithmetic in fp32; the embedding is plain
+
+
+@dataclass(frozen=True, slots=True)
+class WeightsCost:
+    """What a base's format does to its predictions, beside its plain weights: means over `tokens` of fixed replies."""
+
+    tokens: int
+    kl_nats: float  # from the plain weights' distribution
+    top1_agreement: float  # share of positions with the same likeliest token
+    nll_nats: float  # added to that of the replies
+
+
 class Feature(enum.Enum):
     """What an engine may lack; a request that needs it is refused before the engine is asked."""
 
     GRAMMAR = "grammar"
 
 
+class Syntax(enum.Enum):
+    JSON_SCHEMA = "json_schema"  # as JSON text; the completion is JSON that fits it
+    LARK = "lark"  # llguidance's dialect
+
+
 @dataclass(frozen=True, slots=True)
 class Grammar:
-    """What a completion must be: JSON that fits a JSON Schema, given as JSON text."""
+    """What a completion must be. `field` is the request's that asked for it, named where it cannot be followed."""
 
-    json_schema: str
+    text: str
+    syntax: Syntax = Syntax.JSON_SCHEMA
+    field: str = "response_format.json_schema.schema"
 
 
 @dataclass(frozen=True, slots=True)
@@ -114,6 +139,11 @@ class Engine(Protocol):
     context_length: int  # tokens, prompt and completion together
     features: frozenset[Feature]
     simulated: bool  # it has no weights, so there is nothing that peft could have computed too
+
+    @property
+    def weights_cost(self) -> WeightsCost | None:
+        """What the base's format costs, where that was measured at the start; None before, and for other formats."""
+        ...
 
     async def start(self) -> None:
         """Loads the weights; returns when requests can run."""

@@ -39,6 +39,7 @@ class FakeEngine:
     """
 
     simulated = True
+    weights_cost = None
     features: frozenset[Feature] = frozenset()  # its few candidates a position would rarely fit a grammar
 
     def __init__(

@@ -9,11 +9,12 @@ from __future__ import annotations
 import functools
 import json
 import threading
+from collections.abc import Sequence
 from collections.abc import Set as AbstractSet
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from serving.engine.engine import Grammar
+from serving.engine.engine import Grammar, Syntax
 from serving.errors import BadRequest
 
 if TYPE_CHECKING:  # planning needs this file under every engine, and the fake one needs neither
@@ -25,20 +26,22 @@ MAX_REASON_CHARACTERS = 300
 # One thread checks every schema: these two keep that to seconds at worst, and mostly to 1 ms. Its time grows with
 # the size, and doubles with each pattern that another is joined to (118 s for an allOf of 20).
 MAX_SCHEMA_CHARACTERS = 16_384
+MAX_LARK_CHARACTERS = 65_536  # the schemas of all functions that may be called
 MAX_JOINS = 12
 
 
 class Matcher:
     """One completion's place in its grammar; used by one thread, in whose steps it raises nothing: see `problem`."""
 
-    def __init__(self, matcher: LLMatcher, stop_token_ids: AbstractSet[int]) -> None:
+    def __init__(self, matcher: LLMatcher, field: str, stop_token_ids: AbstractSet[int]) -> None:
         self._matcher = matcher
+        self._field = field
         self._stop_token_ids = stop_token_ids
 
     @property
     def problem(self) -> BadRequest | None:
         """Returns why the grammar can be followed no further, None while it can."""
-        return _refusal(self._matcher.get_error()) if self._matcher.is_error() else None
+        return _refusal(self._matcher.get_error(), self._field) if self._matcher.is_error() else None
 
     def allowed(self, vocabulary: int) -> torch.Tensor:
         """Returns for each token (bool, V) whether it may come next; a stop token may where the JSON is whole."""
@@ -74,42 +77,57 @@ class GrammarCompiler:
                 self._tokenizer = _read_tokenizer(self._base_dir)
         matcher = _matcher(self._tokenizer, grammar)
         if matcher.is_error():
-            raise _refusal(matcher.get_error())
-        return Matcher(matcher, stop_token_ids)
+            raise _refusal(matcher.get_error(), grammar.field)
+        return Matcher(matcher, grammar.field, stop_token_ids)
 
 
 def check_grammar(grammar: Grammar) -> None:
     """Raises BadRequest where the schema is none, asks for what cannot be held, or has no end.
 
-    It needs no model's tokenizer: what bytes can hold, any tokens can.
+    It needs no model's tokenizer: what bytes can hold, any tokens can. The schemas that a Lark grammar holds are to be
+    checked before, by `check_grammars`.
     """
-    if len(grammar.json_schema) > MAX_SCHEMA_CHARACTERS:
-        raise _refusal(f"it has {len(grammar.json_schema)} characters, and {MAX_SCHEMA_CHARACTERS} are allowed")
-    joins = _joins(grammar)
+    most = MAX_LARK_CHARACTERS if grammar.syntax is Syntax.LARK else MAX_SCHEMA_CHARACTERS
+    if len(grammar.text) > most:
+        raise _refusal(f"it has {len(grammar.text)} characters, and {most} are allowed", grammar.field)
+    joins = 0 if grammar.syntax is Syntax.LARK else _joins(grammar)
     if joins > MAX_JOINS:
-        raise _refusal(f"it joins schemas {joins} times, by allOf or beside a $ref, and {MAX_JOINS} are allowed")
+        reason = f"it joins schemas {joins} times, by allOf or beside a $ref, and {MAX_JOINS} are allowed"
+        raise _refusal(reason, grammar.field)
     matcher = _matcher(_byte_tokenizer(), grammar)
     if not matcher.is_error():
         matcher.compute_bitmask()  # only this finds a schema that refers to itself for ever
     if matcher.is_error():
-        raise _refusal(matcher.get_error())
+        raise _refusal(matcher.get_error(), grammar.field)
 
 
-def _refusal(reason: str) -> BadRequest:
+def check_grammars(grammars: Sequence[Grammar], field: str) -> None:
+    """Checks schemas one by one; raises BadRequest, naming `field`, where all together would take too long."""
+    characters, joins = sum(len(grammar.text) for grammar in grammars), sum(map(_joins, grammars))
+    if characters > MAX_LARK_CHARACTERS:
+        reason = f"the schemas have {characters} characters together, and {MAX_LARK_CHARACTERS} are allowed"
+        raise _refusal(reason, field)
+    if joins > MAX_JOINS:
+        reason = f"schemas are joined {joins} times, by allOf or beside a $ref, and {MAX_JOINS} are allowed together"
+        raise _refusal(reason, field)
+    for grammar in grammars:
+        check_grammar(grammar)
+
+
+def _refusal(reason: str, field: str) -> BadRequest:
     line = " ".join(reason.replace("<non-verbose/>", "").split())
     short = line if len(line) <= MAX_REASON_CHARACTERS else line[:MAX_REASON_CHARACTERS] + "..."
-    param = "response_format.json_schema.schema"
     return BadRequest(
-        f"{param} cannot be followed: {short}; change or simplify it", param=param, code="unusable_schema"
+        f"{field} cannot be followed: {short}; change or simplify it", param=field, code="unusable_schema"
     )
 
 
 def _joins(grammar: Grammar) -> int:
     """Counts how often two schemas have to hold at once."""
     try:
-        nodes: list[Any] = [json.loads(grammar.json_schema)]
+        nodes: list[Any] = [json.loads(grammar.text)]
     except (ValueError, RecursionError) as error:
-        raise _refusal(f"it is not JSON: {error}") from error
+        raise _refusal(f"it is not JSON: {error}", grammar.field) from error
     joins = 0
     while nodes:
         node = nodes.pop()
@@ -123,10 +141,11 @@ def _joins(grammar: Grammar) -> int:
 def _matcher(tokenizer: LLTokenizer, grammar: Grammar) -> LLMatcher:
     from llguidance import LLMatcher, LLParserLimits
 
+    read = LLMatcher.grammar_from_lark if grammar.syntax is Syntax.LARK else LLMatcher.grammar_from_json_schema
     try:
-        source = LLMatcher.grammar_from_json_schema(grammar.json_schema)
+        source = read(grammar.text)
     except ValueError as error:
-        raise _refusal(str(error)) from error
+        raise _refusal(str(error), grammar.field) from error
     limits = LLParserLimits(verbose_errors=False)  # the verbose ones print the schema, and the text so far
     return LLMatcher(tokenizer, source, log_level=0, limits=limits)
 

@@ -8,15 +8,17 @@ from pathlib import Path
 
 import torch
 
-SHARE_CPU, SHARE_CUDA = 0.4, 0.8  # of all memory; of what is free once the base is loaded
+SHARE_CPU, SHARE_LEFT = 0.4, 0.8  # of all memory, where weights take less than half; of what the weights leave
 CGROUPS, MEMBERSHIP = Path("/sys/fs/cgroup"), Path("/proc/self/cgroup")
 
 
-def cache_budget(device: torch.device) -> int:
-    """Returns the bytes that a cache may take; on a GPU as much as is free now allows."""
+def cache_budget(device: torch.device, weights_bytes: int) -> int:
+    """Returns the bytes that a cache may take beside the loaded weights; on a GPU as much as is free now allows."""
     if device.type == "cpu":
-        return int(SHARE_CPU * host_bytes())
-    return int(SHARE_CUDA * torch.cuda.mem_get_info(device)[0])
+        memory = host_bytes()
+        return int(min(SHARE_CPU * memory, SHARE_LEFT * max(memory - weights_bytes, 0)))
+    torch.cuda.empty_cache()  # what loading used and gave back is free too
+    return int(SHARE_LEFT * torch.cuda.mem_get_info(device)[0])
 
 
 def host_bytes(cgroups: Path = CGROUPS, membership: Path = MEMBERSHIP) -> int:

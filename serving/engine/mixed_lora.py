@@ -2,20 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import partial
+from typing import TypeGuard
 
 import torch
 from torch import nn
-from torch.nn import functional
 
-from serving.engine.engine import Variant
+from serving.engine.engine import Variant, WeightFormat
+from serving.engine.product import arithmetic_dtype, is_nf4, make_product
 
 # T token, I input feature, O output feature, R rank
 THIN_ROWS = 32  # waking a second thread for an update of fewer costs more than it computes: 13 against 30 ms a step
-PACK_ROWS = 32  # rows that the packed layout is tuned for; measured best from 1 to 256 rows
 SHARED_INPUTS = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))  # layers of one parent, fed the same tensor
 
 
@@ -57,12 +56,14 @@ class LinearGroup:
     One call less a layer, and above all one pair of small products an adapter instead of one for each layer.
     """
 
-    def __init__(self, linears: Sequence[nn.Linear], active: ActiveSlices) -> None:
+    def __init__(
+        self, linears: Sequence[nn.Linear], active: ActiveSlices, weights: WeightFormat = WeightFormat.PLAIN
+    ) -> None:
         self.sizes = [linear.out_features for linear in linears]
         self.in_features = linears[0].in_features
-        first = linears[0].weight
-        self._dtype, self._device = first.dtype, first.device
-        self._product = make_product(torch.cat([linear.weight for linear in linears]), _joined_bias(linears))
+        self._dtype, self._device = arithmetic_dtype(linears[0]), linears[0].weight.device
+        product = make_product(linears, weights)
+        self._product, self.size_bytes = product.run, product.size_bytes
         self._active = active
         self._source: torch.Tensor | None = None  # the input whose outputs wait for their members
         self._outputs: dict[int, torch.Tensor] = {}
@@ -141,13 +142,15 @@ class GroupedLinear(nn.Module):
         return self.group.output(inputs, self.member)
 
 
-def group_linears(model: nn.Module, active: ActiveSlices) -> dict[str, GroupedLinear]:
-    """Replaces every nn.Linear inside `model`, in place; returns the replacements by their path in the model."""
+def group_linears(
+    model: nn.Module, active: ActiveSlices, weights: WeightFormat = WeightFormat.PLAIN
+) -> dict[str, GroupedLinear]:
+    """Replaces every linear layer inside `model`, in place; returns the replacements by their path in the model."""
     replaced: dict[str, GroupedLinear] = {}
     for path, parent in list(model.named_modules()):
-        linears = {name: child for name, child in parent.named_children() if type(child) is nn.Linear}
+        linears = {name: child for name, child in parent.named_children() if _is_linear(child)}
         for names in _grouped_names(linears):
-            group = LinearGroup([linears[name] for name in names], active)
+            group = LinearGroup([linears[name] for name in names], active, weights)
             for index, name in enumerate(names):
                 member = GroupedLinear(group, index)
                 setattr(parent, name, member)
@@ -155,28 +158,8 @@ def group_linears(model: nn.Module, active: ActiveSlices) -> dict[str, GroupedLi
     return replaced
 
 
-def make_product(weight_OI: torch.Tensor, bias_O: torch.Tensor | None) -> Callable[[torch.Tensor], torch.Tensor]:
-    """Returns x -> x W^T + b. On a CPU in fp32 the weight is laid out once for oneDNN, exactly the same numbers:
-    2 to 4 times faster than F.linear, which lays it out in every call, for 2 to 16 rows and never slower."""
-    packable = weight_OI.device.type == "cpu" and weight_OI.dtype == torch.float32
-    operators = torch.ops.mkldnn
-    if packable and torch.backends.mkldnn.is_available() and hasattr(operators, "_linear_pointwise"):
-        packed = operators._reorder_linear_weight(weight_OI.detach(), PACK_ROWS)
-        return partial(_packed_product, packed, bias_O)
-    return partial(functional.linear, weight=weight_OI.detach(), bias=bias_O)
-
-
-def _packed_product(packed: torch.Tensor, bias_O: torch.Tensor | None, x_TI: torch.Tensor) -> torch.Tensor:
-    product: torch.Tensor = torch.ops.mkldnn._linear_pointwise.default(x_TI, packed, bias_O, "none", [], "")
-    return product
-
-
-def _joined_bias(linears: Sequence[nn.Linear]) -> torch.Tensor | None:
-    if all(linear.bias is None for linear in linears):
-        return None
-    return torch.cat(
-        [linear.weight.new_zeros(linear.out_features) if linear.bias is None else linear.bias for linear in linears]
-    ).detach()
+def _is_linear(module: nn.Module) -> TypeGuard[nn.Linear]:
+    return type(module) is nn.Linear or is_nf4(module)
 
 
 def _grouped_names(linears: Mapping[str, nn.Linear]) -> list[tuple[str, ...]]:

@@ -14,6 +14,7 @@ from serving.engine.kv_cache import KvCache
 from serving.engine.mixed_lora import AdapterSlice, LoraFactors
 from serving.engine.sampler import Drawn, sample, score
 from serving.engine.scheduler import Row, Scheduler, Work
+from serving.engine.threads import StepThreads
 from serving.engine.weights import Forward, WeightSet
 from serving.errors import GraftError, ModelRejected
 
@@ -31,8 +32,9 @@ class Placed:
 class Stepper:
     """Owns the weights, the cache and the rows; used by one thread."""
 
-    def __init__(self, base: WeightSet, cache: KvCache, scheduler: Scheduler) -> None:
+    def __init__(self, base: WeightSet, cache: KvCache, scheduler: Scheduler, threads: StepThreads) -> None:
         self.base, self.scheduler, self.steps = base, scheduler, 0
+        self._threads = threads
         self._cache = cache
         self._merged: dict[Variant, WeightSet] = {}
         self._taken: dict[Variant, int] = {}  # bytes of the cache's budget
@@ -78,6 +80,7 @@ class Stepper:
         for _, group in groupby(work, key=lambda item: id(self._weights(item.row))):
             placed = _place(list(group))
             weights = self._weights(placed[0].work.row)
+            self._threads.take(sum(item.work.count for item in placed))
             hidden_TH = weights.forward(self._batch(placed))
             self._score_prompts(weights, placed, hidden_TH)
             ending = [item for item in placed if item.work.completes]

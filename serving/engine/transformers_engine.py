@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import logging
 from collections.abc import AsyncGenerator, Callable
 from pathlib import Path
 from typing import TypeVar
@@ -11,15 +12,29 @@ from typing import TypeVar
 import torch
 
 from serving.engine.checks import check_request, check_sizes, not_loaded
-from serving.engine.engine import Delta, EngineStats, Feature, GenerationRequest, Sampling, Variant, VariantKind
+from serving.engine.engine import (
+    Delta,
+    EngineStats,
+    Feature,
+    GenerationRequest,
+    Sampling,
+    Variant,
+    VariantKind,
+    WeightFormat,
+    WeightsCost,
+)
 from serving.engine.grammar import GrammarCompiler, Matcher
 from serving.engine.kv_cache import KvCache
 from serving.engine.memory import cache_budget
+from serving.engine.number_format import check_format
 from serving.engine.scheduler import Row, Scheduler
 from serving.engine.step import Stepper
+from serving.engine.threads import measure_threads
 from serving.engine.weights import WeightSet, load_weights
 from serving.engine.worker import Worker
 from serving.errors import EngineDead, GraftError, ModelRejected
+
+logger = logging.getLogger("graft.engine")
 
 T = TypeVar("T")
 Outbox = asyncio.Queue[Delta | GraftError]
@@ -32,7 +47,8 @@ class TransformersEngine:
     """Implements Engine. One thread owns the model and steps; the event loop sends it requests and receives deltas.
 
     `device` defaults to a GPU where there is one; `cache_bytes` bounds the key/value cache, None leaves a share of the
-    memory to it, out of which merged models are taken.
+    memory to it, out of which merged models are taken. `weights` is how the base is kept; `dtype` None is the
+    arithmetic that suits the device.
     """
 
     simulated = False
@@ -46,16 +62,24 @@ class TransformersEngine:
         context_length: int | None = None,
         device: str | None = None,
         cache_bytes: int | None = None,
+        weights: WeightFormat = WeightFormat.PLAIN,
+        dtype: torch.dtype | None = None,
     ) -> None:
         self.context_length = check_sizes(base_dir, max_batch, context_length)
         self._base_dir, self._max_batch, self._cache_bytes = base_dir, max_batch, cache_bytes
         self._device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        self._weights, self._dtype = weights, dtype
+        check_format(weights, self._device, dtype)
         self._stepper: Stepper | None = None
         self._worker: Worker | None = None
         self._loop: asyncio.AbstractEventLoop | None = None
         self._failure: EngineDead | None = EngineDead("the engine is not started")
         self._outboxes: dict[Row, Outbox] = {}
         self._grammars = GrammarCompiler(base_dir)
+
+    @property
+    def weights_cost(self) -> WeightsCost | None:
+        return None if self._stepper is None else self._stepper.base.cost
 
     async def start(self) -> None:
         if self._worker is not None:
@@ -119,15 +143,19 @@ class TransformersEngine:
         return self._failure is None and self._worker is not None and self._worker.alive
 
     def _load(self) -> Stepper:
-        base = load_weights(self._base_dir, self.context_length, self._device)
-        budget = cache_budget(self._device) if self._cache_bytes is None else self._cache_bytes
+        base = load_weights(self._base_dir, self.context_length, self._device, self._weights, self._dtype)
+        cost = "" if base.cost is None else f"; {base.cost}"
+        logger.info("base in %s: %.2f GiB%s", self._weights.value, base.size_bytes / 2**30, cost)
+        budget = cache_budget(self._device, base.size_bytes) if self._cache_bytes is None else self._cache_bytes
         cache = KvCache(base.shape, base.dtype, base.device, self._max_batch, self.context_length, budget)
         chunk_tokens = CHUNK_TOKENS_CPU if self._device.type == "cpu" else CHUNK_TOKENS_CUDA
-        return Stepper(base, cache, Scheduler(cache, max_rows=self._max_batch, chunk_tokens=chunk_tokens))
+        threads = measure_threads(base)
+        logger.info("steps of up to %d tokens take one thread, larger ones %d", threads.alone_up_to, threads.most)
+        return Stepper(base, cache, Scheduler(cache, max_rows=self._max_batch, chunk_tokens=chunk_tokens), threads)
 
     def _load_merged(self, base: WeightSet, variant: Variant) -> WeightSet:
         try:
-            weights = load_weights(variant.path, self.context_length, self._device)
+            weights = load_weights(variant.path, self.context_length, self._device, dtype=self._dtype)
         except (OSError, ValueError) as error:
             raise ModelRejected(f"merged model {variant.name!r} ({variant.path}): {error}", param="model") from error
         if (weights.shape, weights.vocabulary) != (base.shape, base.vocabulary):

@@ -12,7 +12,16 @@ from transformers import AutoConfig
 
 from serving.engine.adapter import CONFIG_NAME, AdapterConfig, read_adapter
 from serving.engine.checks import check_request, check_sizes, not_loaded
-from serving.engine.engine import Delta, EngineStats, Feature, GenerationRequest, Sampling, Variant, VariantKind
+from serving.engine.engine import (
+    Delta,
+    EngineStats,
+    Feature,
+    GenerationRequest,
+    Sampling,
+    Syntax,
+    Variant,
+    VariantKind,
+)
 from serving.engine.layers import linear_layers
 from serving.engine.vllm_output import StepMeter, delta, nothing_to_score, score
 from serving.errors import AdapterRejected, EngineDead, ModelRejected, UnsupportedField
@@ -20,6 +29,7 @@ from serving.errors import AdapterRejected, EngineDead, ModelRejected, Unsupport
 # vLLM reads these itself. It reports its use to its makers unless told not to; a fork of a process that has asked
 # for CUDA cannot use it.
 ENVIRONMENT: Mapping[str, str] = {"VLLM_NO_USAGE_STATS": "1", "VLLM_WORKER_MULTIPROC_METHOD": "spawn"}
+GRAMMAR_FIELDS: Mapping[Syntax, str] = {Syntax.JSON_SCHEMA: "json", Syntax.LARK: "grammar"}
 DEFAULT_RANK = 16
 CACHE_BYTES_CPU = 4 * 2**30  # vLLM's own default is 92 % of the memory, and no start where anything else uses some
 DEATH_CHECK_S = 0.5
@@ -34,6 +44,7 @@ class VllmEngine:
     """
 
     simulated = False
+    weights_cost = None
     features = frozenset({Feature.GRAMMAR})
 
     def __init__(
@@ -114,7 +125,8 @@ class VllmEngine:
         check_request(request, vocabulary=self._vocabulary, context_length=self.context_length)
         if request.sampling.grammar is not None and request.logprobs is not None:
             raise UnsupportedField(  # it computes them after the grammar's mask, whatever logprobs_mode says
-                "logprobs beside response_format: vLLM's would not be the model's own; ask for one of the two",
+                "logprobs beside response_format or a call that is forced: vLLM's would not be the model's own; ask "
+                "for one of the two",
                 param="logprobs",
             )
         scores_only = request.sampling.max_tokens == 0
@@ -271,7 +283,7 @@ def _params(sampling: Sampling, request: GenerationRequest, **others: Any) -> An
         "repetition_penalty": 1.0,
         "stop_token_ids": sorted(sampling.stop_token_ids),
         "logit_bias": dict(sampling.logit_bias) or None,
-        "structured_outputs": None if grammar is None else StructuredOutputsParams(json=grammar.json_schema),
+        "structured_outputs": grammar and StructuredOutputsParams(**{GRAMMAR_FIELDS[grammar.syntax]: grammar.text}),
         "ignore_eos": grammar is None,  # the stop token ids are all there is, but a grammar ends with the tokenizer's
         "logprobs": request.logprobs,
         "prompt_logprobs": request.prompt_logprobs,

@@ -2,27 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoConfig, PreTrainedModel
 
 from serving.engine.adapter import read_adapter
 from serving.engine.attention import ATTENTION_NAME, AttentionPlan, Span, make_plan, register_attention
-from serving.engine.engine import Variant
+from serving.engine.engine import Variant, WeightFormat, WeightsCost
 from serving.engine.kv_cache import CacheShape, KvCache
-from serving.engine.mixed_lora import (
-    ActiveSlices,
-    AdapterSlice,
-    GroupedLinear,
-    LoraFactors,
-    group_linears,
-    make_product,
-)
+from serving.engine.mixed_lora import ActiveSlices, AdapterSlice, GroupedLinear, LoraFactors, group_linears
+from serving.engine.number_format import compute_dtype, load_model, round_in_place
+from serving.engine.product import make_product
+from serving.engine.weights_cost import measure_cost, predictions, read_rows
 from serving.errors import ModelRejected
 
 PROBE_TOKENS = 24  # of the comparison with transformers' own forward at load
@@ -41,20 +37,29 @@ class Forward:
 
 
 class WeightSet:
-    """A decoder whose layers read an AttentionPlan and the active adapters, and its head."""
+    """A decoder whose layers read an AttentionPlan and the active adapters, and its head.
 
-    def __init__(self, model: PreTrainedModel) -> None:
+    `size_bytes` is what all weights take; `cost` what their format does to predictions, None where nobody measured it.
+    """
+
+    def __init__(self, model: PreTrainedModel, weights: WeightFormat = WeightFormat.PLAIN) -> None:
         config = model.config
-        self.size_bytes = model.get_memory_footprint()
+        self.cost: WeightsCost | None = None
         self.shape, self.vocabulary = cache_shape(config), int(config.vocab_size)
         self.device, self.dtype = model.device, model.dtype
         self._active = ActiveSlices()
         self._decoder: Any = model.get_decoder()
         prefix = next(name for name, module in model.named_modules() if module is self._decoder)
-        members = group_linears(self._decoder, self._active)
+        members = group_linears(self._decoder, self._active, weights)
         self._members: dict[str, GroupedLinear] = {f"{prefix}.{path}": member for path, member in members.items()}
         head: Any = model.get_output_embeddings()
-        self._head: Callable[[torch.Tensor], torch.Tensor] = make_product(head.weight, head.bias)
+        product = make_product([head], weights)
+        self._head = product.run
+        tied = head.weight is self._decoder.get_input_embeddings().weight
+        own = [tensor for each in (self._decoder.parameters(), self._decoder.buffers()) for tensor in each]
+        groups = {id(member.group): member.group.size_bytes for member in members.values()}
+        head_bytes = 0 if tied else product.size_bytes
+        self.size_bytes = sum(tensor.nbytes for tensor in own) + sum(groups.values()) + head_bytes
 
     def forward(self, batch: Forward) -> torch.Tensor:
         """Returns the hidden state of each token: TH."""
@@ -90,29 +95,35 @@ class WeightSet:
             member.group.detach(variant)
 
 
-def load_weights(directory: Path, context_length: int, device: torch.device) -> WeightSet:
-    """Reads a model directory in the dtype that suits the device, and proves that it computes what transformers does.
+def load_weights(
+    directory: Path,
+    context_length: int,
+    device: torch.device,
+    weights: WeightFormat = WeightFormat.PLAIN,
+    dtype: torch.dtype | None = None,
+) -> WeightSet:
+    """Reads a model directory and proves that it computes what transformers does with the same numbers.
 
-    Raises ModelRejected where it does not, or could not at every length.
+    `dtype` None is the one that suits the device. In fp16 the format's cost is measured before the plain ones go.
+    Raises ModelRejected where it computes something else, or could not at every length.
     """
     register_attention()
     check_config(AutoConfig.from_pretrained(directory), context_length)
     with torch.inference_mode():
-        model = AutoModelForCausalLM.from_pretrained(directory, dtype=compute_dtype(device), attn_implementation="sdpa")
-        model.eval().to(device)
-        ids = torch.arange(PROBE_TOKENS, device=device) * 7 % int(model.config.vocab_size)
-        expected = model(input_ids=ids[None], use_cache=False).logits[0].float()
+        model = load_model(directory, device, weights, dtype or compute_dtype(device))
+        rows = read_rows(directory) if weights is WeightFormat.FP16 else ()
+        plain = [predictions(_expected(model, row.ids), row) for row in rows]
+        if weights is WeightFormat.FP16:
+            round_in_place(model)
+        probe = tuple(at * 7 % int(model.config.vocab_size) for at in range(PROBE_TOKENS))
+        expected = _expected(model, probe)
         model.set_attn_implementation(ATTENTION_NAME)
-        weights = WeightSet(model)
-        _compare(weights, ids, expected)
-    return weights
-
-
-def compute_dtype(device: torch.device) -> torch.dtype:
-    """fp32 on a CPU, where half precision is many times slower; bf16 on a GPU that has it, else fp16."""
-    if device.type == "cpu":
-        return torch.float32
-    return torch.bfloat16 if torch.cuda.get_device_capability(device) >= (8, 0) else torch.float16
+        loaded = WeightSet(model, weights)
+        _compare(loaded, probe, expected)
+        if rows:
+            kept = [predictions(_logits(loaded, row.ids, [0, len(row.ids)]), row) for row in rows]
+            loaded.cost = measure_cost(plain, kept, rows)
+    return loaded
 
 
 def cache_shape(config: Any) -> CacheShape:
@@ -147,17 +158,30 @@ def check_config(config: Any, context_length: int) -> None:
         )
 
 
-def _compare(weights: WeightSet, ids: torch.Tensor, expected_TV: torch.Tensor) -> None:
-    """Runs the probe as two chunks and then token by token, and compares all logits."""
-    cache = KvCache(weights.shape, weights.dtype, weights.device, 1, PROBE_TOKENS, 2**40)
-    half, end = PROBE_TOKENS // 2, PROBE_TOKENS - 4
-    cuts = [0, half, end, *range(end + 1, PROBE_TOKENS + 1)]
+def _expected(model: Any, ids: Sequence[int]) -> torch.Tensor:
+    """Returns transformers' own logits: TV in float32."""
+    logits: torch.Tensor = model(input_ids=torch.tensor([ids], device=model.device), use_cache=False).logits
+    return logits[0].float()
+
+
+def _logits(weights: WeightSet, ids: Sequence[int], cuts: Sequence[int]) -> torch.Tensor:
+    """Returns the logits of one row that is computed chunk by chunk, from cut to cut: TV."""
+    ids_T = torch.tensor(ids, device=weights.device)
+    cache = KvCache(weights.shape, weights.dtype, weights.device, 1, len(ids), 2**40)
+    cache.reserve(1, len(ids))
     parts = []
     for start, stop in pairwise(cuts):
         positions = torch.arange(start, stop, device=weights.device)
         plan = make_plan(cache, [Span(0, start, 0, stop - start)])
-        parts.append(weights.logits(weights.forward(Forward(ids[start:stop], positions, plan, ()))))
-    difference = (torch.cat(parts) - expected_TV).square().mean().sqrt() / expected_TV.std()
+        parts.append(weights.logits(weights.forward(Forward(ids_T[start:stop], positions, plan, ()))))
+    return torch.cat(parts)
+
+
+def _compare(weights: WeightSet, ids: Sequence[int], expected_TV: torch.Tensor) -> None:
+    """Runs the probe as two chunks and then token by token, and compares all logits."""
+    half, end = PROBE_TOKENS // 2, PROBE_TOKENS - 4
+    logits_TV = _logits(weights, ids, [0, half, end, *range(end + 1, PROBE_TOKENS + 1)])
+    difference = (logits_TV - expected_TV).square().mean().sqrt() / expected_TV.std()
     if not difference <= TOLERANCE[weights.dtype]:
         raise ModelRejected(
             f"its logits differ from transformers' own by {float(difference):.2g} of their spread, "

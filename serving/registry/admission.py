@@ -66,7 +66,8 @@ class AdmissionGate:
 
     async def probe(self, engine: Engine, variant: Variant) -> ProbeResult:
         """Returns what a loaded adapter computes; raises AdapterRejected where it must not answer."""
-        probes = read_probes(variant.path)
+        recorded = read_probes(variant.path)
+        probes = None if recorded is None else recorded.nearest(self._base.weights.value)
         wanted = [(ids, 1) for ids in self._own_probes]
         reference = None
         if probes is not None:
@@ -77,10 +78,10 @@ class AdmissionGate:
             )
         served = Scored(await _score_all(engine, self._base_variant, wanted), await _score_all(engine, variant, wanted))
         if engine.simulated:
-            result, problems = judge(served, None, None)
+            result, problems = judge(served, None, None, self._base.weights)
             result = replace(result, reference=Reference.SIMULATED if probes is not None else Reference.NONE)
         else:
-            result, problems = judge(served, reference, probes)
+            result, problems = judge(served, reference, probes, self._base.weights)
         if problems:
             raise AdapterRejected("; ".join(problems))
         return result

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from serving.engine.engine import WeightFormat
 from serving.engine.vocabulary import Vocabulary, VocabularyError, read_vocabulary
 from serving.errors import ModelRejected
 from training.artifact import ArtifactError, fingerprint_base
@@ -17,6 +18,8 @@ DEFAULT_CONTEXT_TOKENS = 8192  # a cache row of a longer context costs gigabytes
 
 @dataclass(frozen=True, slots=True)
 class LoadedBase:
+    """`weights` is the format that the engine keeps them in."""
+
     directory: Path
     tokenizer: Any
     vocabulary: Vocabulary
@@ -25,6 +28,7 @@ class LoadedBase:
     stop_token_ids: frozenset[int]
     max_context_tokens: int
     created: int  # seconds since 1970
+    weights: WeightFormat = WeightFormat.PLAIN
 
     def context_length(self, asked: int | None) -> int:
         """Returns the tokens a request may use; raises ModelRejected where more is asked than the model has."""
@@ -36,7 +40,7 @@ class LoadedBase:
         return asked or min(self.max_context_tokens, DEFAULT_CONTEXT_TOKENS)
 
 
-def load_base(directory: Path) -> LoadedBase:
+def load_base(directory: Path, weights: WeightFormat = WeightFormat.PLAIN) -> LoadedBase:
     """Reads a model directory; raises ModelRejected where it has no weights, tokenizer, template or context size."""
     try:
         fingerprint = fingerprint_base(directory)
@@ -52,6 +56,7 @@ def load_base(directory: Path) -> LoadedBase:
             stop_token_ids=stops,
             max_context_tokens=_context_tokens(directory),
             created=int((directory / "config.json").stat().st_mtime),
+            weights=weights,
         )
     except (ArtifactError, VocabularyError, TemplateError, OSError, ValueError) as error:
         raise ModelRejected(f"base model {directory} cannot be served: {error}") from error

@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
+from serving.engine.engine import WeightFormat
 from serving.errors import AdapterRejected
 from serving.registry.admission import AdmissionGate
 from serving.registry.catalog import Catalog, ServedModel, adapter_model, load_catalog
@@ -41,13 +42,14 @@ def open_registry(
     adapter_roots: Sequence[Path] = (),
     max_adapters: int = DEFAULT_MAX_ADAPTERS,
     max_rank: int | None = None,
+    weights: WeightFormat = WeightFormat.PLAIN,
 ) -> Registry:
     """Returns a registry that `start` makes answer, and `close` ends; without `state_dir` its state ends with it.
 
     Raises ModelRejected or AdapterRejected where a given directory cannot be served, with all reasons, and StateError.
     A recorded revision that no longer verifies becomes broken instead.
     """
-    catalog = load_catalog(base_name, base_dir, merged or {})
+    catalog = load_catalog(base_name, base_dir, merged or {}, weights)
     directory = (state_dir or Path(tempfile.mkdtemp(prefix="graft-state-"))).resolve()
     temporary = directory if state_dir is None else None
     state = State(directory)
@@ -75,7 +77,7 @@ class _Boot:
         live = [each.rank for each in state.revisions() if each.live]
         max_rank = max_rank or max([LEAST_MAX_RANK, *_ranks(adapters), *live])
         self._gate = AdmissionGate(catalog.base, catalog.models[base_name].variant, max_rank)
-        self._revisions = Revisions(state)
+        self._revisions = Revisions()
 
     def registry(self, max_adapters: int, roots: AdapterRoots, temporary: Path | None) -> Registry:
         self._restore()
@@ -108,13 +110,17 @@ class _Boot:
         fingerprint, before = self._catalog.base.fingerprint, self._state.fact("base_fingerprint")
         if before not in {None, fingerprint}:
             logger.warning("the state was last served on base %s, now on %s", before, fingerprint)
-        with self._state.transaction():
-            self._state.set_fact("base_fingerprint", fingerprint)
+        weights, kept = self._catalog.base.weights.value, self._state.fact("weights")
+        if kept not in {None, weights}:
+            logger.warning("adapters of this state were probed on a base in %s, not in %s as now", kept, weights)
+        with self._state.transaction() as change:
+            change.set_fact("base_fingerprint", fingerprint)
+            change.set_fact("weights", weights)
             for revision in self._state.revisions():
                 if revision.status in {RevisionStatus.RETIRED, RevisionStatus.RETIRING}:
-                    self._revisions.put(replace(revision, status=RevisionStatus.RETIRED), None)
+                    self._revisions.put(change, replace(revision, status=RevisionStatus.RETIRED), None)
                 else:
-                    self._revisions.put(*self._verified(revision))
+                    self._revisions.put(change, *self._verified(revision))
         swept = self._files.sweep(self._revisions.live_digests())
         if swept:
             logger.info("removed what a process left behind: %s", ", ".join(swept))

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from serving.engine.engine import Variant, VariantKind
+from serving.engine.engine import Variant, VariantKind, WeightFormat
 from serving.errors import ModelRejected
 from serving.registry.base import LoadedBase, end_of_turn_ids, load_base, load_tokenizer
 from serving.registry.revision import DIGEST_CHARACTERS
@@ -31,6 +31,7 @@ class ServedModel:
     stop_token_ids: frozenset[int]
     created: int  # seconds since 1970
     parent: str | None
+    weights: WeightFormat = WeightFormat.PLAIN  # that it is served in
 
     @property
     def digest(self) -> str:
@@ -54,11 +55,13 @@ class Catalog:
     models: Mapping[str, ServedModel]
 
 
-def load_catalog(base_name: str, base_dir: Path, merged: Mapping[str, Path]) -> Catalog:
+def load_catalog(
+    base_name: str, base_dir: Path, merged: Mapping[str, Path], weights: WeightFormat = WeightFormat.PLAIN
+) -> Catalog:
     """Reads and verifies every directory; raises ModelRejected with all reasons at once."""
-    base = load_base(base_dir)
+    base = load_base(base_dir, weights)
     variant = Variant(base_name, VariantKind.BASE, base.fingerprint, base_dir)
-    first = ServedModel(base_name, variant, None, base.stop_token_ids, base.created, None)
+    first = ServedModel(base_name, variant, None, base.stop_token_ids, base.created, None, weights)
     models = [first, *(_load_merged(name, path, base) for name, path in merged.items())]
     return Catalog(base, {model.name: model for model in models})
 
@@ -75,6 +78,7 @@ def adapter_model(name: str, manifest: AdapterManifest, path: Path, base: Loaded
         stop_token_ids=base.stop_token_ids | frozenset(manifest.chat.stop_token_ids),
         created=int(manifest.created.timestamp()),
         parent=base_name,
+        weights=base.weights,
     )
 
 

@@ -6,7 +6,7 @@ import asyncio
 import logging
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 from serving.engine.engine import Engine
@@ -64,11 +64,12 @@ class Enrolment:
                 manifest = await asyncio.to_thread(self._files.take, candidate.directory, self._gate.inspect, fixed)
                 return await self._admit(engine, candidate, manifest)
             except ArtifactError as error:
-                raise self._refused(candidate, error.problems) from error
+                raise await self._refused(candidate, error.problems) from error
             except OSError as error:
-                raise self._refused(candidate, [f"{error.filename}: cannot be read ({error.strerror})"]) from error
+                reason = f"{error.filename}: cannot be read ({error.strerror})"
+                raise await self._refused(candidate, [reason]) from error
             except AdapterRejected as error:
-                raise self._refused(candidate, [error.message]) from error
+                raise await self._refused(candidate, [error.message]) from error
 
     async def take_out(self, revision: Revision) -> Revision:
         """Frees a revision that no request holds, and its files unless another name shares them."""
@@ -76,8 +77,8 @@ class Enrolment:
             if not self._revisions.shared(revision):
                 await self._residency.drop(revision.digest)
                 await asyncio.to_thread(self._files.remove, revision.digest)
-            retired = replace(revision, status=RevisionStatus.RETIRED)
-            self._revisions.put(retired, None)
+            async with self._state.change() as change:
+                retired = self._revisions.retire(change, revision, self._labels.history())
         logger.info("retired %s", revision.id)
         return retired
 
@@ -95,16 +96,16 @@ class Enrolment:
             except BaseException:
                 await self._undo(manifest.digest)
                 raise
-            if self._revisions.get(candidate.name, manifest.digest) is not known:  # a broken one, retired meanwhile
-                raise Conflict(f"revision {model.revision} changed while it was probed; register it again")
             revision = _revision(candidate.name, manifest, path, known, probe, load_s)
-        with self._state.transaction():
+        async with self._state.change() as change:
+            if self._revisions.get(candidate.name, manifest.digest) is not known:  # retired meanwhile, for one
+                raise Conflict(f"revision {model.revision} changed while it was registered; register it again")
             if revision is not known:
-                self._revisions.put(revision, model)
+                self._revisions.put(change, revision, model)
             if candidate.label is not None:
-                self._labels.move(candidate.name, candidate.label, manifest.digest, None)
+                self._labels.move(change, candidate.name, candidate.label, manifest.digest, None)
             if candidate.flag:
-                self._state.set_flag(candidate.name, manifest.digest)
+                change.set_flag(candidate.name, manifest.digest)
         if revision is not known:
             logger.info("admitted %s: %s", revision.id, revision.probe)
         return revision
@@ -128,12 +129,12 @@ class Enrolment:
         if digest not in self._revisions.live_digests():
             await asyncio.to_thread(self._files.remove, digest)
 
-    def _refused(self, candidate: Candidate, reasons: Sequence[str]) -> AdapterRejected:
+    async def _refused(self, candidate: Candidate, reasons: Sequence[str]) -> AdapterRejected:
         # A file's name need not be UTF-8; the answer and the list of refusals are.
         reasons = [reason.encode(errors="backslashreplace").decode() for reason in reasons]
         logger.warning("refused adapter %s=%s: %s", candidate.name, candidate.source, "; ".join(reasons))
-        with self._state.transaction():
-            self._state.put_refusal(Refusal(candidate.name, candidate.source, tuple(reasons), time.time()))
+        async with self._state.change() as change:
+            change.put_refusal(Refusal(candidate.name, candidate.source, tuple(reasons), time.time()))
         message = f"adapter {candidate.name}={candidate.source} is refused: {'; '.join(reasons)}"
         return AdapterRejected(message, reasons=reasons)
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 from serving.errors import ModelNotFound
@@ -42,15 +42,25 @@ class Names:
     def passed(self, flagged: Flagged) -> None:
         del self._flagged[flagged.candidate.name]
 
-    def served(self) -> Sequence[ServedModel]:
-        adapters: dict[str, ServedModel] = {}
+    def served(self) -> Mapping[str, ServedModel]:
+        """Returns what answers, by what a request calls it: its name, or where that alone means nothing its labels.
+
+        A name without any label is asked for by its digests.
+        """
+        labelled: dict[str, dict[str, ServedModel]] = {}
+        exact: dict[str, dict[str, ServedModel]] = {}
         for label in self._labels:
-            revision = self._revisions.get(label.name, label.digest)
-            model = None if revision is None else self._revisions.model(revision)
-            if label.label == STABLE and model is not None:
-                adapters[label.name] = model
+            if (model := self._labelled(label.name, label.label)) is not None:
+                labelled.setdefault(label.name, {})[f"{label.name}:{label.label}"] = model
+        for revision in self._revisions:
+            if (model := self._revisions.model(revision)) is not None:
+                exact.setdefault(revision.name, {})[revision.id] = model
+        adapters: dict[str, ServedModel] = {}
+        for name in dict.fromkeys([*labelled, *exact]):
+            alone = self._labelled(name, self._heaviest(name))
+            adapters |= (labelled.get(name) or exact[name]) if alone is None else {name: alone}
         flagged = {name: each.model for name, each in self._flagged.items() if each.candidate.label is not None}
-        return [*self._fixed.values(), *(adapters | flagged).values()]
+        return {**self._fixed, **adapters, **flagged}
 
     def route(self, model: str, routing_key: str | None) -> tuple[ServedModel, str | None]:
         """Returns what answers, and the label that chose it; raises ModelNotFound or RevisionUnavailable."""
@@ -91,8 +101,13 @@ class Names:
             raise self._unknown(model)
         return self._revisions.answering(revision), found.label
 
+    def _labelled(self, name: str, label: str) -> ServedModel | None:
+        found = self._labels.find(name, label)
+        revision = None if found is None else self._revisions.get(name, found.digest)
+        return None if revision is None else self._revisions.model(revision)
+
     def _unknown(self, model: str) -> ModelNotFound:
-        known = ", ".join(served.revision for served in self.served())
+        known = ", ".join(dict.fromkeys(served.revision for served in self.served().values()))
         return ModelNotFound(f"model {model[:200]!r} does not exist; served are: {known}", param="model")
 
     def _arm(self, name: str, routing_key: str | None) -> str:

@@ -8,7 +8,7 @@ from contextlib import aclosing
 from dataclasses import dataclass
 from uuid import uuid4
 
-from serving.engine.engine import Engine, GenerationRequest, Sampling, Variant
+from serving.engine.engine import Engine, GenerationRequest, Sampling, Variant, WeightFormat
 from serving.registry.revision import ProbeResult, Reference
 from training.artifact import Probes
 
@@ -46,8 +46,13 @@ async def score(engine: Engine, variant: Variant, ids: Sequence[int], start: int
     return found
 
 
-def judge(served: Scored, reference: Scored | None, source: Probes | None) -> tuple[ProbeResult, list[str]]:
-    """Returns the distances, and why the adapter must not answer; `reference` is peft's view, None without one."""
+def judge(
+    served: Scored, reference: Scored | None, source: Probes | None, weights: WeightFormat = WeightFormat.PLAIN
+) -> tuple[ProbeResult, list[str]]:
+    """Returns the distances, and why the adapter must not answer; `reference` is peft's view, None without one.
+
+    `weights` is how the base is kept here.
+    """
     from_base = _distance(served.adapter, served.base)
     result = ProbeResult(Reference.NONE, len(served.adapter), from_base)
     if not all(map(math.isfinite, served.adapter)):
@@ -59,7 +64,7 @@ def judge(served: Scored, reference: Scored | None, source: Probes | None) -> tu
         )
     if reference is None or source is None:
         return result, problems
-    distance, allowed = _from_reference(served, reference, source)
+    distance, allowed = _from_reference(served, reference, source, weights)
     if not distance <= allowed:
         problems.append(
             f"probes: the engine's log-probabilities lie {distance:.3g} nats a token from those that peft computed "
@@ -69,18 +74,18 @@ def judge(served: Scored, reference: Scored | None, source: Probes | None) -> tu
     return ProbeResult(Reference.MATCHED, result.tokens, from_base, distance, allowed), problems
 
 
-def _from_reference(served: Scored, reference: Scored, source: Probes) -> tuple[float, float]:
+def _from_reference(served: Scored, reference: Scored, source: Probes, weights: WeightFormat) -> tuple[float, float]:
     """Returns the distance from peft's numbers and what is allowed.
 
-    Beside an NF4 base it is the adapter's effect that is compared, adapter less base on each side: the base served
-    here is not quantised, and that difference is in both.
+    Where one of the two bases is in NF4 and the other is not, it is the adapter's effect that is compared, adapter less
+    base on each side: what quantisation does to the base is in both.
     """
-    if source.compute == "nf4":
-        distance = _distance(_effect(served), _effect(reference))
-        return distance, ALLOWED_NF4_SHARE * _distance(reference.adapter, reference.base)
+    if (source.compute == "nf4") is not (weights is WeightFormat.NF4):
+        allowed = ALLOWED_NF4_SHARE * _distance(reference.adapter, reference.base)
+        return _distance(_effect(served), _effect(reference)), allowed
     # How far the two computations of the base lie apart says in which precision the engine runs, beside peft's.
     rounding = _distance(served.base, reference.base)
-    exact = source.dtype == "float32" and rounding <= ALLOWED_FLOAT32_NATS
+    exact = source.dtype == "float32" and weights is not WeightFormat.FP16 and rounding <= ALLOWED_FLOAT32_NATS
     return _distance(served.adapter, reference.adapter), ALLOWED_FLOAT32_NATS if exact else ALLOWED_16BIT_NATS
 
 

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
 from serving.config import MODEL_NAME
-from serving.engine.engine import Engine
+from serving.engine.engine import Engine, WeightsCost
 from serving.errors import (
     AdapterRejected,
     BadRequest,
@@ -22,6 +22,7 @@ from serving.registry.base import LoadedBase
 from serving.registry.catalog import Catalog, ServedModel
 from serving.registry.enrolment import Candidate, Enrolment
 from serving.registry.labels import Labels, check_label
+from serving.registry.lease import Lease
 from serving.registry.names import Flagged, Names
 from serving.registry.residency import Residency
 from serving.registry.revision import Label, Refusal, Revision, RevisionStatus
@@ -32,37 +33,6 @@ from serving.registry.state import State
 from serving.registry.uses import Uses
 
 logger = logging.getLogger("graft.registry")
-
-
-class Lease:
-    """One request's hold on the revision that answers it, from `Registry.lease` to `release`.
-
-    `arm` is the label that chose it, None for the base, a merged model or an exact revision; `shadow` the revision
-    that gets the request too, as a model name.
-    """
-
-    def __init__(self, registry: Registry, model: ServedModel, arm: str | None, shadow: str | None) -> None:
-        self.model, self.arm, self.shadow = model, arm, shadow
-        self._registry = registry
-        self._entered = self._released = False
-
-    async def ready(self) -> None:
-        """Returns once the engine holds the weights; raises RevisionUnavailable where it cannot load them."""
-        if self._entered or self._released or not self.model.is_adapter:
-            return
-        await self._registry.enter(self.model)
-        self._entered = True
-        if self._released:  # while it loaded
-            self._registry.residency.leave(self.model.variant)
-
-    def release(self) -> None:
-        if self._released:
-            return
-        self._released = True
-        if self.model.is_adapter:
-            if self._entered:
-                self._registry.residency.leave(self.model.variant)
-            self._registry.uses.end((self.model.name, self.model.variant.digest))
 
 
 class Registry:
@@ -121,7 +91,8 @@ class Registry:
             task.cancel()
         await asyncio.gather(*self._retirements.values(), return_exceptions=True)
         await self.residency.close()
-        self._close()
+        async with self._state.change():  # what is being changed is kept first
+            self._close()
 
     def lease(self, model: str, routing_key: str | None = None) -> Lease:
         """Counts the use from here on; raises ModelNotFound, RevisionUnavailable, or NotReady before `start`."""
@@ -130,18 +101,23 @@ class Registry:
         served, arm = self._names.route(model, routing_key)
         if served.is_adapter:
             self.uses.begin((served.name, served.variant.digest))
-        return Lease(self, served, arm, self._names.shadow(model, served))
+        shadow = self._names.shadow(model, served)
+        return Lease(served, arm, shadow, enter=self.enter, residency=self.residency, uses=self.uses)
 
     def resolve(self, model: str) -> ServedModel:
         """Returns what a lease may hold, without a draw: see Names.heaviest; counts nothing."""
         return self._names.heaviest(model)
 
+    def weights_cost(self) -> WeightsCost | None:
+        """Returns what the format of the base's weights costs where the engine measured it; None before `start`."""
+        return None if self._engine is None else self._engine.weights_cost
+
     def adapters(self) -> int:
         """Returns how many different adapters there are now, with those that flags bring."""
         return len(self._revisions.live_digests() | {each.model.variant.digest for each in self._names.flagged()})
 
-    def served(self) -> Sequence[ServedModel]:
-        """Returns the base, the merged models, and what each name's stable label points at where that can answer."""
+    def served(self) -> Mapping[str, ServedModel]:
+        """Returns the base, the merged models and the adapters that can answer, by what a request calls them."""
         return self._names.served()
 
     def revisions(self) -> Sequence[Revision]:
@@ -154,9 +130,9 @@ class Registry:
     def labels(self) -> Sequence[Label]:
         return list(self._labels)
 
-    def refusals(self) -> Sequence[Refusal]:
+    async def refusals(self) -> Sequence[Refusal]:
         """Returns the adapters that the gate turned away, the newest first."""
-        return self._state.refusals()
+        return await self._state.read(self._state.refusals)
 
     def policy(self, name: str) -> Policy | None:
         return self._labels.policy(name)
@@ -183,63 +159,69 @@ class Registry:
         candidate = Candidate(name, downloaded or self._roots.locate(source), str(source), label)
         return await self._enrolment.enrol(self._engine, candidate)
 
-    async def retire(self, name: str, digest: str) -> Revision:
+    async def retire(self, name: str, digest: str, wait_s: float | None = None) -> Revision:
         """Takes no new use, waits for the running ones, frees the engine, removes the files.
 
-        Raises Conflict while a label points at it. It goes on where the caller does not wait for it.
+        Raises Conflict while a label points at it. After `wait_s` it returns the revision as it is, and goes on.
         """
-        revision = self.revision(name, digest)
-        if revision.status is RevisionStatus.RETIRED:
-            return revision
-        if labels := self._labels.users(name, revision.digest):
-            raise Conflict(
-                f"revision {revision.id} is what {', '.join(f'{name}:{label}' for label in labels)} points at; promote "
-                "another, or remove the label first",
-                param="digest",
-            )
-        if revision.key not in self._retirements:
-            retiring = replace(revision, status=RevisionStatus.RETIRING, pinned=False)
-            self._revisions.put(retiring, None)
-            self.residency.pin(self._revisions.pinned_digests())
-            self._retirements[revision.key] = asyncio.create_task(self._retire(retiring))
-        return await asyncio.shield(self._retirements[revision.key])
+        async with self._state.change() as change:
+            revision = self.revision(name, digest)
+            if labels := self._labels.users(name, revision.digest):
+                raise Conflict(
+                    f"revision {revision.id} is what {', '.join(f'{name}:{label}' for label in labels)} points at; "
+                    "promote another, or remove the label first",
+                    param="digest",
+                )
+            if revision.status is not RevisionStatus.RETIRED and revision.key not in self._retirements:
+                retiring = replace(revision, status=RevisionStatus.RETIRING, pinned=False)
+                self._revisions.put(change, retiring, None)
+                change.then(lambda: self._drain(retiring))
+        draining = self._retirements.get(revision.key)
+        if draining is not None and (await asyncio.wait([draining], timeout=wait_s))[0]:
+            return draining.result()
+        return self.revision(*revision.key)
 
-    def promote(self, name: str, label: str, digest: str, expected: str | None = None) -> Label:
+    async def promote(self, name: str, label: str, digest: str, expected: str | None = None) -> Label:
         """Moves a label at once; raises Conflict where it does not point at `expected`, or `digest` is not admitted."""
         check_label(label)
-        revision = self.revision(name, digest)
-        if revision.status is not RevisionStatus.ADMITTED:
-            raise Conflict(f"revision {revision.id} is {revision.status.value}; register it again", param="digest")
-        moved = self._labels.move(name, label, revision.digest, expected)
+        async with self._state.change() as change:
+            revision = self.revision(name, digest)
+            if revision.status is not RevisionStatus.ADMITTED:
+                raise Conflict(f"revision {revision.id} is {revision.status.value}; register it again", param="digest")
+            moved = self._labels.move(change, name, label, revision.digest, expected)
         logger.info("%s:%s points at %s", name, label, revision.id)
         return moved
 
-    def roll_back(self, name: str, label: str) -> Label:
+    async def roll_back(self, name: str, label: str) -> Label:
         """Moves a label to where it pointed before; raises Conflict where that is nowhere, or admitted no more."""
-        admitted = {
-            each.digest for each in self._revisions if each.name == name and each.status is RevisionStatus.ADMITTED
-        }
-        return self._labels.roll_back(name, label, admitted)
+        async with self._state.change() as change:
+            admitted = {
+                each.digest for each in self._revisions if each.name == name and each.status is RevisionStatus.ADMITTED
+            }
+            return self._labels.roll_back(change, name, label, admitted)
 
-    def remove_label(self, name: str, label: str) -> None:
-        self._labels.remove(name, label)
+    async def remove_label(self, name: str, label: str) -> None:
+        async with self._state.change() as change:
+            self._labels.remove(change, name, label)
 
-    def set_policy(self, name: str, policy: Policy | None) -> None:
-        self._labels.set_policy(name, policy)
+    async def set_policy(self, name: str, policy: Policy | None) -> None:
+        async with self._state.change() as change:
+            self._labels.set_policy(change, name, policy)
 
-    def pin(self, name: str, digest: str, pinned: bool) -> Revision:
+    async def pin(self, name: str, digest: str, pinned: bool) -> Revision:
         """A pinned revision is loaded at each start and never evicted; one place in the engine stays for the others."""
-        revision = replace(self.revision(name, digest), pinned=pinned)
-        if pinned and revision.status is not RevisionStatus.ADMITTED:
-            raise Conflict(f"revision {revision.id} is {revision.status.value}; only admitted ones are pinned")
-        digests = self._revisions.pinned_digests() | ({revision.digest} if pinned else set())
-        if pinned and len(digests) >= self.residency.limit:
-            raise Conflict(
-                f"{len(digests)} pinned revisions would leave no place for others: the engine holds "
-                f"{self.residency.limit}; unpin one, or start with a larger --max-adapters"
-            )
-        self._revisions.put(revision, self._revisions.model(revision))
-        self.residency.pin(self._revisions.pinned_digests())
+        async with self._state.change() as change:
+            revision = replace(self.revision(name, digest), pinned=pinned)
+            if pinned and revision.status is not RevisionStatus.ADMITTED:
+                raise Conflict(f"revision {revision.id} is {revision.status.value}; only admitted ones are pinned")
+            digests = self._revisions.pinned_digests() | ({revision.digest} if pinned else set())
+            if pinned and len(digests) >= self.residency.limit:
+                raise Conflict(
+                    f"{len(digests)} pinned revisions would leave no place for others: the engine holds "
+                    f"{self.residency.limit}; unpin one, or start with a larger --max-adapters"
+                )
+            self._revisions.put(change, revision, self._revisions.model(revision))
+            change.then(lambda: self.residency.pin(self._revisions.pinned_digests()))
         return revision
 
     async def enter(self, model: ServedModel) -> None:
@@ -247,9 +229,11 @@ class Registry:
         try:
             await self.residency.enter(model.variant)
         except AdapterRejected as error:
-            revision = self.revision(model.name, model.variant.digest)
-            if revision.status is RevisionStatus.ADMITTED:
-                self._revisions.put(replace(revision, status=RevisionStatus.BROKEN, reasons=(error.message,)), None)
+            async with self._state.change() as change:
+                revision = self.revision(model.name, model.variant.digest)
+                if revision.status is RevisionStatus.ADMITTED:
+                    broken = replace(revision, status=RevisionStatus.BROKEN, reasons=(error.message,))
+                    self._revisions.put(change, broken, None)
             raise RevisionUnavailable(
                 f"revision {revision.id} cannot answer: {error.message}; an administrator has to register it again, "
                 "or promote another",
@@ -275,6 +259,10 @@ class Registry:
             logger.error("%s", error.message)
         else:
             self.residency.leave(model.variant)
+
+    def _drain(self, retiring: Revision) -> None:
+        self.residency.pin(self._revisions.pinned_digests())
+        self._retirements[retiring.key] = asyncio.create_task(self._retire(retiring))
 
     async def _retire(self, revision: Revision) -> Revision:
         try:

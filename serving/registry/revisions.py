@@ -2,21 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
+from dataclasses import replace
+from functools import partial
 
 from serving.errors import ModelNotFound, RevisionUnavailable
 from serving.registry.catalog import ServedModel
+from serving.registry.change import Change
 from serving.registry.revision import DIGEST_CHARACTERS, Revision, RevisionStatus
-from serving.registry.state import State
 
 Key = tuple[str, str]  # name, digest
+RETIRED_KEPT = 100
 
 
 class Revisions:
-    """Every change is one transaction; what is read here changes after its commit."""
+    """What is read here changes once a change is kept."""
 
-    def __init__(self, state: State) -> None:
-        self._state = state
+    def __init__(self) -> None:
         self._revisions: dict[Key, Revision] = {}
         self._models: dict[Key, ServedModel] = {}
 
@@ -26,11 +28,21 @@ class Revisions:
     def get(self, name: str, digest: str) -> Revision | None:
         return self._revisions.get((name, digest))
 
-    def put(self, revision: Revision, model: ServedModel | None) -> None:
+    def put(self, change: Change, revision: Revision, model: ServedModel | None) -> None:
         """`model` is how it answers; None for a revision that does not."""
-        with self._state.transaction() as then:
-            self._state.put_revision(revision)
-            then(lambda: self.keep(revision, model))
+        change.put_revision(revision)
+        change.then(lambda: self.keep(revision, model))
+
+    def retire(self, change: Change, revision: Revision, needed: Collection[Key]) -> Revision:
+        """Returns it retired. Of all retired the RETIRED_KEPT registered last and those `needed` stay known."""
+        retired = replace(revision, status=RevisionStatus.RETIRED)
+        self.put(change, retired, None)
+        known = {**self._revisions, revision.key: retired}.values()
+        spare = [each for each in known if each.status is RevisionStatus.RETIRED and each.key not in needed]
+        for each in sorted(spare, key=lambda each: each.created)[:-RETIRED_KEPT]:
+            change.forget_revision(each)
+            change.then(partial(self._revisions.pop, each.key))
+        return retired
 
     def keep(self, revision: Revision, model: ServedModel | None) -> None:
         """Takes over what the state holds already."""

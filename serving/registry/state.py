@@ -2,23 +2,24 @@
 
 from __future__ import annotations
 
+import asyncio
 import fcntl
 import json
 import os
 import sqlite3
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
-from dataclasses import asdict
+from collections.abc import AsyncIterator, Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import asynccontextmanager, contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TypeVar
 
 from serving.errors import GraftError
+from serving.registry.change import Change
 from serving.registry.revision import Label, ProbeResult, Reference, Refusal, Revision, RevisionStatus
 from serving.registry.routing import Policy
 
+T = TypeVar("T")
 SCHEMA_VERSION = 1
-REFUSALS_KEPT = 100
-MOVES_KEPT = 100  # of a label: how far back a roll-back can go
 _SCHEMA = """
 CREATE TABLE facts (name TEXT PRIMARY KEY, value TEXT NOT NULL);
 CREATE TABLE revisions (
@@ -44,7 +45,7 @@ class StateError(GraftError):
 
 
 class State:
-    """Owns the lock and the connection from `open` to `close`; every write belongs into a `transaction`.
+    """Owns the lock and the connection from `open` to `close`.
 
     A label is the last of its `moves`; the one before is where a roll-back leads.
     """
@@ -52,41 +53,67 @@ class State:
     def __init__(self, directory: Path) -> None:
         self.directory = directory
         self._lock = _lock(directory)
-        self._after: list[Callable[[], None]] | None = None  # of the transaction that runs
+        self._turn = asyncio.Lock()  # of the one change that runs
         try:
             self._connection = _connect(directory / "registry.sqlite")
         except BaseException:
             os.close(self._lock)
             raise
+        self._writer = ThreadPoolExecutor(1, thread_name_prefix="registry")
 
     def close(self) -> None:
+        """Waits for what is being written."""
+        self._writer.shutdown()
         self._connection.close()
         os.close(self._lock)
 
     @contextmanager
-    def transaction(self) -> Iterator[Callable[[Callable[[], None]], None]]:
-        """All writes inside are kept together, or none; what is given to the yielded function runs after the commit.
+    def transaction(self) -> Iterator[Change]:
+        """Keeps what is written to the change inside, all or nothing; blocks, so it is for before a loop runs."""
+        change = Change()
+        yield change
+        self._keep(change)
+        change.kept()
 
-        A transaction inside another is a part of it.
+    @asynccontextmanager
+    async def change(self) -> AsyncIterator[Change]:
+        """As `transaction`, beside the event loop, one after another: what is decided inside is so until it is kept.
+
+        Where the task is cancelled at the end, the change is kept all the same.
         """
-        if self._after is not None:
-            yield self._after.append
-            return
-        after: list[Callable[[], None]] = []
-        self._after = after
+        await self._turn.acquire()
         try:
-            self._connection.execute("BEGIN IMMEDIATE")
-            try:
-                yield after.append
-                self._connection.execute("COMMIT")
-            except BaseException:
-                if self._connection.in_transaction:
-                    self._connection.execute("ROLLBACK")
-                raise
+            change = Change()
+            yield change
+            keeping = asyncio.create_task(self._keep_aside(change))
+        except BaseException:
+            self._turn.release()
+            raise
+        await asyncio.shield(keeping)
+
+    async def read(self, query: Callable[[], T]) -> T:
+        """Returns `query()`, which reads the file, beside the event loop and between changes."""
+        return await asyncio.get_running_loop().run_in_executor(self._writer, query)
+
+    async def _keep_aside(self, change: Change) -> None:
+        """Ends the turn."""
+        try:
+            if change.writes:
+                await asyncio.get_running_loop().run_in_executor(self._writer, self._keep, change)
+            change.kept()
         finally:
-            self._after = None
-        for update in after:
-            update()
+            self._turn.release()
+
+    def _keep(self, change: Change) -> None:
+        self._connection.execute("BEGIN IMMEDIATE")
+        try:
+            for statement, values in change.writes:
+                self._connection.execute(statement, values)
+            self._connection.execute("COMMIT")
+        except BaseException:
+            if self._connection.in_transaction:
+                self._connection.execute("ROLLBACK")
+            raise
 
     def fact(self, name: str) -> str | None:
         row = self._connection.execute("SELECT value FROM facts WHERE name = ?", (name,)).fetchone()
@@ -96,14 +123,15 @@ class State:
         rows = self._connection.execute("SELECT * FROM revisions ORDER BY created, name, digest")
         return [_revision(row) for row in rows]
 
-    def labels(self) -> list[Label]:
-        rows = self._connection.execute("SELECT * FROM moves ORDER BY id")
-        found: dict[tuple[str, str], Label] = {}
-        for row in rows:
-            before = found.get((row["name"], row["label"]))
-            previous = None if before is None else before.digest
-            found[row["name"], row["label"]] = Label(row["name"], row["label"], row["digest"], row["moved"], previous)
-        return list(found.values())
+    def moves(self) -> list[Label]:
+        """Returns each label as it was after every move of it that is kept, the oldest first."""
+        moves: list[Label] = []
+        last: dict[tuple[str, str], str] = {}
+        for row in self._connection.execute("SELECT * FROM moves ORDER BY id"):
+            key = (row["name"], row["label"])
+            moves.append(Label(*key, row["digest"], row["moved"], last.get(key)))
+            last[key] = row["digest"]
+        return moves
 
     def policies(self) -> dict[str, Policy]:
         rows = self._connection.execute("SELECT * FROM policies")
@@ -114,62 +142,9 @@ class State:
         return {row["name"]: row["digest"] for row in self._connection.execute("SELECT * FROM flags")}
 
     def refusals(self) -> list[Refusal]:
+        """Returns the newest first."""
         rows = self._connection.execute("SELECT * FROM refusals ORDER BY id DESC")
         return [Refusal(row["name"], row["source"], tuple(json.loads(row["reasons"])), row["refused"]) for row in rows]
-
-    def set_fact(self, name: str, value: str) -> None:
-        self._put("facts", {"name": name, "value": value})
-
-    def put_revision(self, revision: Revision) -> None:
-        fields = asdict(revision)
-        probe = None if revision.probe is None else {**fields["probe"], "reference": revision.probe.reference.value}
-        self._put(
-            "revisions",
-            {
-                **fields,
-                "status": revision.status.value,
-                "reasons": json.dumps(revision.reasons),
-                "probe": None if probe is None else json.dumps(probe),
-            },
-        )
-
-    def move_label(self, label: Label) -> None:
-        values = {"name": label.name, "label": label.label, "digest": label.digest, "moved": label.changed}
-        self._put("moves", values)
-        self._connection.execute(
-            "DELETE FROM moves WHERE name = ?1 AND label = ?2 AND id NOT IN "
-            "(SELECT id FROM moves WHERE name = ?1 AND label = ?2 ORDER BY id DESC LIMIT ?3)",
-            (label.name, label.label, MOVES_KEPT),
-        )
-
-    def undo_move(self, name: str, label: str) -> Label:
-        """Returns the label as it was before; there has to be a move before the last."""
-        self._connection.execute(
-            "DELETE FROM moves WHERE id = (SELECT max(id) FROM moves WHERE name = ? AND label = ?)", (name, label)
-        )
-        return next(each for each in self.labels() if (each.name, each.label) == (name, label))
-
-    def drop_label(self, name: str, label: str) -> None:
-        self._connection.execute("DELETE FROM moves WHERE name = ? AND label = ?", (name, label))
-
-    def set_policy(self, name: str, policy: Policy | None) -> None:
-        if policy is None:
-            self._connection.execute("DELETE FROM policies WHERE name = ?", (name,))
-        else:
-            self._put("policies", {"name": name, "policy": json.dumps(asdict(policy))})
-
-    def set_flag(self, name: str, digest: str) -> None:
-        self._put("flags", {"name": name, "digest": digest})
-
-    def put_refusal(self, refusal: Refusal) -> None:
-        self._put("refusals", {**asdict(refusal), "reasons": json.dumps(refusal.reasons)})
-        self._connection.execute(
-            "DELETE FROM refusals WHERE id NOT IN (SELECT id FROM refusals ORDER BY id DESC LIMIT ?)", (REFUSALS_KEPT,)
-        )
-
-    def _put(self, table: str, values: Mapping[str, Any]) -> None:
-        names, places = ", ".join(values), ", ".join("?" * len(values))
-        self._connection.execute(f"INSERT OR REPLACE INTO {table} ({names}) VALUES ({places})", tuple(values.values()))
 
 
 def _lock(directory: Path) -> int:
@@ -188,7 +163,7 @@ def _lock(directory: Path) -> int:
 
 def _connect(path: Path) -> sqlite3.Connection:
     """A rollback journal, fully synced: a commit that returned is on the disk, and one that did not leaves no trace."""
-    connection = sqlite3.connect(path, isolation_level=None, check_same_thread=False)  # opened before the loop runs
+    connection = sqlite3.connect(path, isolation_level=None, check_same_thread=False)  # its writer is a thread
     try:
         connection.row_factory = sqlite3.Row
         connection.execute("PRAGMA synchronous = EXTRA")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 from fastapi import APIRouter, Request
 
 from serving.answer import within_key
@@ -24,7 +26,8 @@ def tokenize_router(generation: Generation, registry: Registry) -> APIRouter:
         with within_key(facts.caller, body.model):
             model = registry.resolve(body.model)
         facts.model = model.name
-        planning = generation.plan(lambda: tokenize(body, model, registry.base, engine.context_length))
-        return await unless_gone(request.receive, planning)
+        async with unless_gone(request.receive):
+            make = partial(tokenize, body, model, registry.base, engine.context_length)
+            return await generation.plan(make, facts.body_bytes)
 
     return router

@@ -28,7 +28,7 @@ def test_a_rounds_own_engine_time_and_the_bare_app_are_taken_off():
 
 
 def test_the_engine_alone_takes_time_for_each_token(tiny_base):
-    short, long = (asyncio.run(run_engine(tiny_base, 20, tokens)) for tokens in (1, 64))
+    short, long = (asyncio.run(run_engine(tiny_base, 20, tokens, rate=1000.0)) for tokens in (1, 64))
     assert 0 < short < long
 
 

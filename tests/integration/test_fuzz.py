@@ -19,6 +19,8 @@ from schemathesis import Case, GenerationMode
 from schemathesis.specs.openapi import checks
 
 from tests.serving.managed import Managed, managed_server
+from tests.serving.tools.templates import CLOCK, HERMES, WEATHER, base_with
+from tests.tiny import make_tiny_adapter
 
 EXAMPLES = 25  # an operation and a mode
 NOTHING_TO_GET_WRONG = {"GET /healthz", "GET /readyz"}  # no parameter and no body
@@ -34,8 +36,12 @@ SETTINGS = settings(
 
 
 @pytest.fixture(scope="module")
-def managed(tiny_base, tiny_adapters, tmp_path_factory) -> Iterator[Managed]:
-    with managed_server(tiny_base, tiny_adapters, tmp_path_factory.mktemp("fuzz")) as managed:
+def managed(tiny_base, tmp_path_factory) -> Iterator[Managed]:
+    """On a base whose template renders tools, so that more than a refusal of them is reached."""
+    root = tmp_path_factory.mktemp("models")
+    base = base_with(tiny_base, root / "base", HERMES)
+    adapters = {name: make_tiny_adapter(base, root / name, name, seed) for name, seed in (("starter", 1), ("other", 2))}
+    with managed_server(base, adapters, tmp_path_factory.mktemp("fuzz")) as managed:
         yield managed
 
 
@@ -64,6 +70,7 @@ def names_of(managed: Managed) -> dict[str, list[Any]]:
         "name": names,
         "path": ["other", "starter"],
         "weights": [{"stable": 1}, {"stable": 3, "canary": 1}],
+        "tools": [[WEATHER], [WEATHER, CLOCK]],
         **dict.fromkeys(("digest", "expected"), sorted(revision["digest"] for revision in revisions)),
         **dict.fromkeys(("model", "model_id"), names + ids + aliases),
     }

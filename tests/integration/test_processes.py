@@ -12,12 +12,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from safetensors.torch import load_file
 
 from tests.training.recipes import small_config
 from training.artifact import ADAPTER_WEIGHTS, verify_adapter
 from training.config import TrainConfig, resolved_toml
 from training.log import read_log
+from training.train import train
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 LAUNCH = ["-m", "accelerate.commands.launch", "--num_machines", "1", "--mixed_precision", "no"]
@@ -50,6 +52,10 @@ def steps(out: Path, config: TrainConfig, flags: Sequence[str] = (), *words: str
     done = launch(out, config, flags, 2 if flags else 1, *words)
     assert done.returncode == 0, done.stdout + done.stderr
     assert ("2 processes share the rows of each step" in done.stderr) == bool(flags)
+    return read_steps(out)
+
+
+def read_steps(out: Path) -> list[tuple[float, float]]:
     lines = [line for line in read_log(out / "train_log.jsonl") if "nll_nats" in line]
     return [(line["nll_nats"], line["grad_norm"]) for line in lines]
 
@@ -67,6 +73,22 @@ def test_two_processes_follow_the_loss_of_one(tiny_base: Path, tmp_path: Path):
     one, two = steps(tmp_path / "one", config), steps(tmp_path / "two", config, DDP)
     assert len(one) == 10  # 21 rows in steps of 5, twice: the epoch's last step has one row for two processes
     check_equal(two, one)
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile on a CPU needs a C++ compiler, g++")
+def test_two_processes_with_compiled_blocks_train_the_adapter_of_one_without(tiny_base: Path, tmp_path: Path):
+    """The blocks are compiled before DDP hangs its hooks on the weights in them."""
+    plain, compiled = (
+        small_config(tiny_base, tmp_path, optim={"max_steps": 4}, run={"compile": way}) for way in ("off", "on")
+    )
+    train(plain, tmp_path / "one", tmp_path)
+    one, two = read_steps(tmp_path / "one"), steps(tmp_path / "two", compiled, DDP)
+    assert [loss for loss, _ in two] == pytest.approx([loss for loss, _ in one], abs=1e-4)
+    assert [norm for _, norm in two] == pytest.approx([norm for _, norm in one], rel=1e-3)
+    assert two[-1][0] < two[0][0]
+    whole, shared = (load_file(tmp_path / name / "adapter" / ADAPTER_WEIGHTS) for name in ("one", "two"))
+    for name, weight in whole.items():
+        torch.testing.assert_close(shared[name], weight, atol=1e-4, rtol=1e-3)
 
 
 def test_two_halves_of_a_sharded_model_follow_the_loss_of_one(tiny_base: Path, tmp_path: Path):

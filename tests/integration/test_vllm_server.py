@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import os
 import re
 import shutil
+import signal
 import socket
 import subprocess
 import sys
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -191,6 +194,7 @@ class Server:
 
 
 def start_server(folder: Path, base: Path, *words: str) -> Server:
+    """Returns once the process runs, not once it is ready."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
@@ -201,10 +205,10 @@ def start_server(folder: Path, base: Path, *words: str) -> Server:
     return Server(process, f"http://127.0.0.1:{port}", log)
 
 
-@pytest.fixture(scope="module")
-def server(base: Path, adapters: dict[str, Path], tmp_path_factory) -> Iterator[Server]:
-    words = ["--adapter", f"a={adapters['a']}", "--cache-gib", "0.5", "--max-batch", "4"]
-    server = start_server(tmp_path_factory.mktemp("server"), base, *words)
+@contextmanager
+def ready_server(folder: Path, base: Path, adapter: Path) -> Iterator[Server]:
+    words = ["--adapter", f"a={adapter}", "--cache-gib", "0.5", "--max-batch", "4"]
+    server = start_server(folder, base, *words)
     try:
         with httpx.Client(base_url=server.url) as client:
             deadline = time.monotonic() + 300
@@ -216,6 +220,12 @@ def server(base: Path, adapters: dict[str, Path], tmp_path_factory) -> Iterator[
     finally:
         server.process.kill()
         server.process.wait()
+
+
+@pytest.fixture(scope="module")
+def server(base: Path, adapters: dict[str, Path], tmp_path_factory) -> Iterator[Server]:
+    with ready_server(tmp_path_factory.mktemp("server"), base, adapters["a"]) as server:
+        yield server
 
 
 def is_ready(client: httpx.Client) -> bool:
@@ -249,6 +259,26 @@ def test_a_killed_process_ends_the_server_with_70_and_leaves_none_behind(server)
     assert server.process.wait(timeout=120) == 70
     assert psutil.wait_procs(children, timeout=60)[1] == []
     assert "python -m serving: the engine failed; start the server again" in server.log.read_text().splitlines()
+
+
+def test_sigterm_lets_a_running_stream_end_then_exits_0_and_leaves_none_behind(base, adapters, tmp_path):
+    body = {"model": "a", "prompt": ["b"] * 4, "temperature": 0, "stream": True, **ENDLESS}
+    with ready_server(tmp_path, base, adapters["a"]) as server:
+        children = psutil.Process(server.process.pid).children(recursive=True)
+        assert engine_process(server.process.pid) in children
+        with httpx.stream("POST", f"{server.url}/v1/completions", json=body, timeout=120) as response:
+            lines = (line for line in response.iter_lines() if line)
+            next(lines)
+            server.process.send_signal(signal.SIGTERM)
+            with httpx.Client(base_url=server.url) as client:
+                wait_until(lambda: not is_ready(client))
+            *rest, last = lines
+        assert server.process.wait(timeout=120) == 0, server.log.read_text()
+        assert psutil.wait_procs(children, timeout=60)[1] == []
+    assert last == "data: [DONE]"
+    choices = [choice for line in rest for choice in json.loads(line.removeprefix("data: "))["choices"]]
+    ends = {choice["index"]: choice["finish_reason"] for choice in choices if choice["finish_reason"]}
+    assert ends == dict.fromkeys(range(4), "length")
 
 
 def test_a_start_that_fails_says_so_and_exits_2(base, tmp_path):

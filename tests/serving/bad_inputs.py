@@ -16,6 +16,21 @@ def text(**fields: Any) -> dict[str, Any]:
     return {"model": "base", "prompt": "hi", **fields}
 
 
+def tool(**fields: Any) -> dict[str, Any]:
+    return {"type": "function", "function": {"name": "f", **fields}}
+
+
+def calling(**fields: Any) -> dict[str, Any]:
+    call = {"id": "c1", "type": "function", "function": {"name": "f", "arguments": "{}", **fields}}
+    return {"role": "assistant", "content": None, "tool_calls": [call]}
+
+
+TOOL, CALLING = tool(), calling()
+RESULT = {"role": "tool", "tool_call_id": "c1", "content": "5"}
+NAMED = {"type": "function", "function": {"name": "g"}}
+DEEP: dict[str, Any] = {}
+for _ in range(70):
+    DEEP = {"properties": {"a": DEEP}}
 CHAT, TEXT, TOKENIZE = "/v1/chat/completions", "/v1/completions", "/tokenize"
 VALUE, MISSING, UNSUPPORTED, UNKNOWN = "invalid_value", "missing_field", "unsupported_field", "unknown_field"
 
@@ -58,15 +73,24 @@ BAD_INPUTS: list[tuple[str, Any, int, str | None, str]] = [
     (CHAT, chat(messages=[{"content": "hi"}]), 400, "messages[0].role", MISSING),
     (CHAT, chat(messages=[{"role": "user"}]), 400, "messages[0].content", MISSING),
     (CHAT, chat(messages=[{"role": "wizard", "content": "hi"}]), 400, "messages[0].role", VALUE),
-    (CHAT, chat(messages=[USER, {"role": "tool", "content": "hi"}]), 400, "messages[1].role", UNSUPPORTED),
+    (CHAT, chat(messages=[USER, {"role": "tool", "content": "hi"}]), 400, "messages[1].tool_call_id", MISSING),
+    (CHAT, chat(messages=[USER, {"role": "function", "content": "hi"}]), 400, "messages[1].role", UNSUPPORTED),
+    (CHAT, chat(messages=[USER, CALLING, {**RESULT, "tool_call_id": "c2"}]), 400, "messages[2].tool_call_id", VALUE),
+    (CHAT, chat(messages=[USER, CALLING, USER, RESULT]), 400, "messages[3].tool_call_id", VALUE),
+    (CHAT, chat(messages=[RESULT]), 400, "messages[0].tool_call_id", VALUE),
+    (CHAT, chat(messages=[{**USER, "tool_call_id": "c1"}]), 400, "messages[0].tool_call_id", VALUE),
+    (CHAT, chat(messages=[USER, CALLING, RESULT]), 400, "messages", UNSUPPORTED),  # the template renders none
     (
         CHAT,
         chat(messages=[{"role": "assistant", "content": None, "tool_calls": [{}]}]),
         400,
-        "messages[0].tool_calls",
-        UNSUPPORTED,
+        "messages[0].tool_calls[0].id",
+        MISSING,
     ),
-    (CHAT, chat(messages=[{"role": "user", "content": None}]), 400, "messages[0].content", VALUE),
+    (CHAT, chat(messages=[calling(name="a b")]), 400, "messages[0].tool_calls[0].function.name", VALUE),
+    (CHAT, chat(messages=[calling(arguments="[]")]), 400, "messages[0].tool_calls[0].function.arguments", VALUE),
+    (CHAT, chat(messages=[calling(arguments="{")]), 400, "messages[0].tool_calls[0].function.arguments", VALUE),
+    (CHAT, chat(messages=[{"role": "user", "content": None}]), 400, "messages[0].content", MISSING),
     (CHAT, chat(messages=[{"role": "user", "content": [{"type": "image_url"}]}]), 400, "messages[0].content", VALUE),
     (
         CHAT,
@@ -77,7 +101,8 @@ BAD_INPUTS: list[tuple[str, Any, int, str | None, str]] = [
     ),
     (CHAT, chat(messages=[USER] * 513), 400, "messages", VALUE),
     (CHAT, chat(messages=[{**USER, "mood": "good"}]), 400, "messages[0].mood", UNKNOWN),
-    (CHAT, chat(messages=[{**USER, "tool_calls": [{}]}]), 400, "messages[0].tool_calls", UNSUPPORTED),
+    (CHAT, chat(messages=[{**CALLING, **USER}]), 400, "messages[0].tool_calls", VALUE),
+    (CHAT, chat(messages=[{**USER, "function_call": {"name": "f"}}]), 400, "messages[0].function_call", UNSUPPORTED),
     (CHAT, chat(messages=[{"role": "user", "content": "word " * 3000}]), 400, "messages", "context_length_exceeded"),
     (CHAT, chat(max_tokens=100_000), 400, "messages", "context_length_exceeded"),
     (CHAT, chat(max_tokens=-1), 400, "max_tokens", VALUE),
@@ -104,8 +129,25 @@ BAD_INPUTS: list[tuple[str, Any, int, str | None, str]] = [
     (CHAT, chat(stream="yes"), 400, "stream", VALUE),
     (CHAT, chat(stream_options={"include_usage": True}), 400, "stream_options", VALUE),
     (CHAT, chat(stream=True, stream_options={"usage": True}), 400, "stream_options.usage", UNKNOWN),
-    (CHAT, chat(tools=[{"type": "function"}]), 400, "tools", UNSUPPORTED),
-    (CHAT, chat(tool_choice="required"), 400, "tool_choice", UNSUPPORTED),
+    (CHAT, chat(tools=[TOOL]), 400, "tools", UNSUPPORTED),  # the template renders none
+    (CHAT, chat(tools=[{"type": "function"}]), 400, "tools[0].function", MISSING),
+    (CHAT, chat(tools=[{**TOOL, "type": "custom"}]), 400, "tools[0].type", VALUE),
+    (CHAT, chat(tools=[tool(name="a b")]), 400, "tools[0].function.name", VALUE),
+    (CHAT, chat(tools=[TOOL, tool(name="a" * 65)]), 400, "tools[1].function.name", VALUE),
+    (CHAT, chat(tools=[TOOL, TOOL]), 400, "tools[1].function.name", VALUE),
+    (CHAT, chat(tools=[tool(name=f"f{at}") for at in range(129)]), 400, "tools", VALUE),
+    (CHAT, chat(tools=[tool(parameters={"type": "array"})]), 400, "tools[0].function.parameters", VALUE),
+    (CHAT, chat(tools=[tool(parameters=["a"])]), 400, "tools[0].function.parameters", VALUE),
+    (CHAT, chat(tools=[tool(parameters=DEEP)]), 400, "tools[0].function.parameters", VALUE),
+    (CHAT, chat(tools=[tool(schema={})]), 400, "tools[0].function.schema", UNKNOWN),
+    (CHAT, chat(tools=[tool(strict=True)]), 400, "tools[0].function.strict", UNSUPPORTED),  # the fake engine's
+    (CHAT, chat(tools=[TOOL], tool_choice="required"), 400, "tool_choice", UNSUPPORTED),  # the fake engine's
+    (CHAT, chat(tools=[TOOL], tool_choice=NAMED), 400, "tool_choice", VALUE),
+    (CHAT, chat(tools=[TOOL], tool_choice="any"), 400, "tool_choice", VALUE),
+    (CHAT, chat(tools=[TOOL], tool_choice={"type": "function"}), 400, "tool_choice", VALUE),
+    (CHAT, chat(tools=[TOOL], parallel_tool_calls="no"), 400, "parallel_tool_calls", VALUE),
+    (CHAT, chat(tool_choice="required"), 400, "tool_choice", VALUE),
+    (CHAT, chat(tool_choice=NAMED), 400, "tool_choice", VALUE),
     (CHAT, chat(functions=[{"name": "f"}]), 400, "functions", UNSUPPORTED),
     (CHAT, chat(response_format={"type": "json_object"}), 400, "response_format", UNSUPPORTED),  # the fake engine's
     (CHAT, chat(response_format="json"), 400, "response_format", VALUE),
@@ -161,4 +203,8 @@ BAD_INPUTS: list[tuple[str, Any, int, str | None, str]] = [
     (TOKENIZE, {"model": "base", "prompt": 5}, 400, "prompt", VALUE),
     (TOKENIZE, {"model": "base", "messages": []}, 400, "messages", VALUE),
     (TOKENIZE, {"model": "base", "messages": [USER] * 513}, 400, "messages", VALUE),
+    (TOKENIZE, {"model": "base", "messages": [USER], "tools": [TOOL]}, 400, "tools", UNSUPPORTED),
+    (TOKENIZE, {"model": "base", "messages": [USER], "tools": [TOOL, TOOL]}, 400, "tools[1].function.name", VALUE),
+    (TOKENIZE, {"model": "base", "messages": [RESULT]}, 400, "messages[0].tool_call_id", VALUE),
+    (TOKENIZE, {"model": "base", "prompt": "a", "tools": [TOOL]}, 400, "tools", VALUE),
 ]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import json
 import os
 import signal
@@ -20,6 +21,7 @@ import torch
 from serving import __main__ as command
 from serving.__main__ import EXIT_ENGINE_DIED, choose_engine, main, make_engine
 from serving.config import ConfigError, read_config
+from serving.engine import number_format
 from serving.engine.fake_engine import FakeEngine
 from serving.engine.transformers_engine import TransformersEngine
 from serving.engine.vllm_engine import VllmEngine
@@ -48,6 +50,22 @@ def test_a_port_that_another_has_is_told_as_such(tiny_base, capsys):
     assert "serving" not in printed.out
 
 
+def test_what_is_loaded_is_taken_out_of_garbage_collection():
+    try:
+        command.keep_heap()
+        assert gc.get_freeze_count() > 10_000
+    finally:
+        gc.unfreeze()
+
+
+def test_the_events_of_a_stream_do_not_wait_for_each_others_acknowledgement(tiny_base):
+    config = read_config(["--base", str(tiny_base), "--port", "0"], {})
+    with command._listen(config) as listener, socket.create_connection(listener.getsockname()):
+        connection, _ = listener.accept()
+        with connection:
+            assert connection.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY)
+
+
 def test_the_engine_is_the_one_that_was_asked_for(tiny_base):
     config = read_config(["--base", str(tiny_base), "--engine", "fake", "--max-batch", "3"], {})
     engine = make_engine(config, open_registry("base", tiny_base))
@@ -62,6 +80,27 @@ def test_the_cache_has_the_size_that_was_asked_for(tiny_base):
         asyncio.run(engine.start())
     with pytest.raises(ConfigError, match=r"--cache-gib 0.0001: the fake engine has no cache; remove it"):
         make_engine(read_config([*arguments, "--engine", "fake"], {}), open_registry("base", tiny_base))
+
+
+def test_weights_in_fewer_bits_are_the_transformers_engines(tiny_base, monkeypatch, caplog):
+    caplog.set_level("INFO")
+    monkeypatch.setattr(command, "find_spec", lambda package: object())
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    registry = open_registry("base", tiny_base)
+    for weights in ("nf4", "fp16"):
+        config = read_config(["--base", str(tiny_base)], {"GRAFT_WEIGHTS": weights})
+        assert choose_engine(config) == "transformers"
+        assert f"--weights {weights} is the transformers engine's" in caplog.text
+        for name, reason in (("fake", "has no weights"), ("vllm", "plain weights only")):
+            asked = config.model_copy(update={"engine": name})
+            with pytest.raises(ConfigError, match=rf"--weights {weights}: the {name} engine .*{reason}; .*--engine tr"):
+                make_engine(asked, registry)
+
+
+def test_a_format_that_cannot_be_had_ends_the_start_with_2(tiny_base, monkeypatch, capsys):
+    monkeypatch.setattr(number_format, "find_spec", lambda package: None)
+    assert main(["--base", str(tiny_base), "--engine", "transformers", "--weights", "nf4"]) == 2
+    assert "pip install accelerate bitsandbytes" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

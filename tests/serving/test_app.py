@@ -8,16 +8,22 @@ import logging
 import socket
 import threading
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 
 import httpx
 import openai
 import pytest
 from transformers import PreTrainedTokenizerBase
 
+from serving.app import create_app
+from serving.engine.engine import WeightFormat
 from serving.engine.fake_engine import FakeEngine
+from serving.engine.transformers_engine import TransformersEngine
 from serving.errors import AdapterRejected
+from serving.generation import INLINE_BYTES
 from serving.keys import KeyEntry, KeyRing, add_entry, new_key
 from serving.logs import JsonLines
+from serving.registry.boot import open_registry
 from tests.serving.bad_inputs import BAD_INPUTS
 from tests.tiny import make_fake_app, make_tokenizer, running_server, wait_until
 
@@ -322,6 +328,30 @@ class TestBadInput:
         small = json.dumps({"model": "base", "messages": [USER], "max_tokens": 1}).encode()
         chunked = httpx.post(f"{url}/v1/chat/completions", content=(bytes([byte]) for byte in small))
         assert chunked.status_code == 200
+
+    @pytest.mark.parametrize("framing", ["content-length: 4000", "transfer-encoding: chunked"])
+    def test_a_body_that_trickles_in_is_408_and_its_connection_is_cut(self, serve, framing):
+        url, engine = serve(deadline_s=60.0)
+        head = f"POST /v1/chat/completions HTTP/1.1\r\nhost: a\r\nx-request-timeout-s: 0.5\r\n{framing}\r\n\r\n"
+        byte = b"1\r\n \r\n" if "chunked" in framing else b" "
+        with socket.create_connection((httpx.URL(url).host, httpx.URL(url).port)) as slow:
+            slow.settimeout(0.05)
+            slow.sendall(head.encode())
+            answer = b""
+            while b"timeout_error" not in answer:
+                slow.sendall(byte)
+                with suppress(TimeoutError):
+                    answer += slow.recv(65536)
+            slow.settimeout(60)
+            with suppress(ConnectionResetError):  # bytes that it sent meanwhile met a closed connection
+                assert slow.recv(65536) == b""
+        head, _, body = answer.partition(b"\r\n\r\n")
+        assert head.startswith(b"HTTP/1.1 408 ")
+        assert b"connection: close" in head.lower()
+        error = json.loads(body)["error"]
+        assert (error["type"], error["param"], error["code"]) == ("timeout_error", None, "body_too_slow")
+        assert "of the body came in 0.5 s" in error["message"]
+        assert engine.stats().running == 0
 
 
 class TestLeaving:
@@ -771,8 +801,9 @@ class TestPlanning:
         monkeypatch.setattr(PreTrainedTokenizerBase, "encode", spy)
         return seen
 
-    def test_every_route_encodes_in_the_one_thread_that_is_not_the_event_loops(self, serve, encoded):
+    def test_every_route_encodes_long_bodies_in_the_one_thread_that_is_not_the_event_loops(self, serve, encoded):
         url, _ = serve()
+        long = b" " * INLINE_BYTES
         encoded.clear()
         routes = [
             ("/v1/chat/completions", {"messages": [USER], "max_tokens": 1}),
@@ -781,7 +812,8 @@ class TestPlanning:
             ("/tokenize", {"prompt": "a"}),
         ]
         with ThreadPoolExecutor(8) as pool:
-            sent = [pool.submit(httpx.post, url + path, json={"model": "base", **body}) for path, body in routes * 4]
+            bodies = [(path, json.dumps({"model": "base", **body}).encode() + long) for path, body in routes * 4]
+            sent = [pool.submit(httpx.post, url + path, content=content) for path, content in bodies]
             assert [future.result().status_code for future in sent] == [200] * 16
         assert len(encoded) >= 16
         assert len({thread for thread, _ in encoded}) == 1
@@ -819,6 +851,29 @@ class TestPlanning:
         assert encoded == []
 
 
+def test_who_waits_for_it_hears_that_requests_can_run(tiny_base):
+    registry, told = open_registry("base", tiny_base), []
+    engine = FakeEngine(context_length=64, vocabulary_size=registry.base.vocabulary.size)
+    app = create_app(engine=engine, registry=registry, on_ready=lambda: told.append(registry.lease("base").model.name))
+    with running_server(app) as url:
+        assert told == ["base"]
+        assert chat(url, max_tokens=1).status_code == 200
+
+
 def test_the_request_id_is_kept(fake_server):
     response = httpx.get(f"{fake_server}/healthz", headers={"x-request-id": "mine-1"})
     assert response.headers["x-request-id"] == "mine-1"
+
+
+def test_a_base_in_fp16_names_its_format_and_cost_wherever_it_is_asked(tiny_base):
+    registry = open_registry("base", tiny_base, weights=WeightFormat.FP16)
+    engine = TransformersEngine(tiny_base, max_batch=2, device="cpu", weights=registry.base.weights)
+    with running_server(create_app(engine=engine, registry=registry, max_batch=2)) as url:
+        model = httpx.get(f"{url}/v1/models/base", timeout=60).json()
+        answer = chat(url, max_tokens=2).json()
+        metrics = httpx.get(f"{url}/metrics", timeout=60).text
+    assert model["weights"] == "fp16"
+    cost = model["weights_cost"]["kl_nats"]
+    assert cost > 0
+    assert answer["system_fingerprint"].endswith(f"{registry.base.fingerprint[:12]}-fp16")
+    assert f'graft_weights_kl_nats{{model="base"}} {cost}' in metrics

@@ -93,6 +93,7 @@ WRONG = [
     (["--base", "{base}", "--port", "70000"], "--port 70000"),
     (["--base", "{base}", "--port", "web"], "--port web"),
     (["--base", "{base}", "--engine", "tpu"], "--engine tpu"),
+    (["--base", "{base}", "--weights", "int4"], "--weights int4 Input should be 'plain', 'nf4' or 'fp16'"),
     (["--base", "{base}", "--max-batch", "0"], "--max-batch 0"),
     (["--base", "{base}", "--context-length", "1"], "--context-length 1"),
     (["--base", "{base}", "--body-limit-mib", "nan"], "--body-limit-mib nan"),

@@ -14,13 +14,15 @@ from serving.engine.fake_engine import FakeEngine
 from serving.engine.host import EngineHost
 from serving.errors import BadRequest, DeadlineExceeded, Forbidden, NotReady, Overloaded, RateLimited
 from serving.fair_queue import FairQueue
-from serving.generation import Generation
+from serving.generation import INLINE_BYTES, Generation
 from serving.limits import Limiter
 from serving.metrics import Metrics
 from serving.middleware import RequestFacts
 from serving.registry.catalog import load_catalog
 from tests.serving.engine.contract import ask, until
 from tests.serving.engine.test_fake_engine import subject
+
+LONG = INLINE_BYTES + 1
 
 
 @pytest.fixture(scope="module")
@@ -105,7 +107,7 @@ def test_plans_run_one_after_another_in_a_thread_and_the_loop_goes_on(catalog):
             assert release.wait(20)
             return running.pop()
 
-        tasks = [asyncio.create_task(generation.plan(plan)) for _ in range(3)]
+        tasks = [asyncio.create_task(generation.plan(plan, LONG)) for _ in range(3)]
         await until(lambda: bool(running))
         leaver = tasks.pop()
         leaver.cancel()
@@ -118,7 +120,32 @@ def test_plans_run_one_after_another_in_a_thread_and_the_loop_goes_on(catalog):
         assert most == [1, 1], "and the one that left never ran"
         generation.close()
         with pytest.raises(RuntimeError):
-            await generation.plan(plan)
+            await generation.plan(plan, LONG)
+
+    with_generation(catalog, check, ready=False)
+
+
+def test_a_short_request_is_planned_at_once_and_never_beside_another(catalog):
+    async def check(generation, model, engine):
+        release, begun = threading.Event(), threading.Event()
+
+        def plan():
+            begun.set()
+            return release.wait(20)
+
+        assert await generation.plan(threading.current_thread, INLINE_BYTES) is threading.current_thread()
+        long = asyncio.create_task(generation.plan(plan, LONG))
+        await until(begun.is_set)
+        long.cancel()  # its client leaves; the thread goes on
+        await asyncio.gather(long, return_exceptions=True)
+        short = asyncio.create_task(generation.plan(threading.current_thread, INLINE_BYTES))
+        await asyncio.sleep(0.01)
+        assert not short.done()
+        release.set()
+        assert await short is not threading.current_thread()
+        await until(lambda: not generation._plans)
+        assert await generation.plan(threading.current_thread, INLINE_BYTES) is threading.current_thread()
+        generation.close()
 
     with_generation(catalog, check, ready=False)
 
@@ -128,18 +155,18 @@ def test_as_many_plans_wait_as_may_and_no_more(catalog, monkeypatch):
 
     async def check(generation, model, engine):
         release = threading.Event()
-        tasks = [asyncio.create_task(generation.plan(lambda: release.wait(20))) for _ in range(2)]
+        tasks = [asyncio.create_task(generation.plan(lambda: release.wait(20), LONG)) for _ in range(2)]
         await asyncio.sleep(0)
         with pytest.raises(Overloaded, match="2 requests wait to be planned") as caught:
-            await generation.plan(int)
+            await generation.plan(int, LONG)
         assert caught.value.retry_after_s == 2
         tasks.pop().cancel()
         await asyncio.sleep(0.01)
-        tasks.append(asyncio.create_task(generation.plan(lambda: release.wait(20))))
+        tasks.append(asyncio.create_task(generation.plan(lambda: release.wait(20), LONG)))
         await asyncio.sleep(0)
         release.set()
         assert await asyncio.gather(*tasks) == [True, True]
-        assert await generation.plan(int) == 0
+        assert await generation.plan(int, LONG) == 0
         generation.close()
 
     with_generation(catalog, check, ready=False)

@@ -11,7 +11,8 @@ from pydantic import ValidationError
 from serving.errors import BadRequest
 from serving.messages import ChatMessage, render
 from serving.registry.boot import open_registry
-from training.chat import Message, render_chat, render_prompt
+from tests.serving.bad_inputs import CALLING, RESULT
+from training.chat import Message, ToolCall, render_chat, render_prompt
 
 
 @pytest.fixture(scope="module")
@@ -65,3 +66,17 @@ def test_a_template_that_refuses_is_a_bad_request(catalog, tiny_base):
     with pytest.raises(BadRequest, match="roles must alternate") as caught:
         render([message(role="user", content="hi")], base, catalog.resolve("base"), generation_prompt=True)
     assert caught.value.param == "messages"
+
+
+def test_a_message_that_calls_needs_no_content():
+    expected = Message("assistant", "", (ToolCall("c1", "f", {}),))
+    for content in ({"content": None}, {"content": ""}, {}):
+        assert message(role="assistant", tool_calls=CALLING["tool_calls"], **content).to_message() == expected
+    assert message(**RESULT).to_message() == Message("tool", "5", tool_call_id="c1")
+    for fields in (
+        {"role": "assistant"},
+        {"role": "assistant", "tool_calls": []},
+        {"role": "tool", "tool_call_id": "c1"},
+    ):
+        with pytest.raises(ValidationError, match="required"):
+            message(**fields)

@@ -53,13 +53,13 @@ def recorder(app):
 
 
 def test_a_body_is_replayed_whole_and_the_disconnect_after_it():
-    assert call(BodyLimit(echo, 10), body=(b"abc", b"def", b""))[1]["body"] == b"abcdef"
-    assert call(BodyLimit(echo, 3), body=(b"abc",))[1]["body"] == b"abc"
+    assert call(recorder(BodyLimit(echo, 10)), body=(b"abc", b"def", b""))[1]["body"] == b"abcdef"
+    assert call(recorder(BodyLimit(echo, 3)), body=(b"abc",))[1]["body"] == b"abc"
 
 
 @pytest.mark.parametrize("headers", [(), ((b"content-length", b"11"),)])
 def test_a_body_over_the_limit_is_413_announced_or_not(headers):
-    sent = call(BodyLimit(broken, 10), body=(b"abcdef", b"ghijk"), headers=headers)
+    sent = call(recorder(BodyLimit(broken, 10)), body=(b"abcdef", b"ghijk"), headers=headers)
     assert sent[0]["status"] == 413
     assert json.loads(sent[1]["body"])["error"]["code"] == "body_too_large"
 

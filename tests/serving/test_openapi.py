@@ -9,7 +9,8 @@ import jsonschema_rs
 import pytest
 
 from serving.openapi import describe
-from tests.serving.bad_inputs import BAD_INPUTS, CHAT
+from tests.serving.bad_inputs import BAD_INPUTS, CALLING, CHAT, RESULT
+from tests.serving.tools.templates import CLOCK, WEATHER
 from tests.tiny import make_fake_app
 
 
@@ -40,8 +41,8 @@ def test_every_error_is_the_envelope_and_none_is_fastapis(document):
 
 def test_what_a_route_can_answer_is_declared(document):
     completions = set(document["paths"]["/v1/chat/completions"]["post"]["responses"])
-    assert completions == {"200", "400", "401", "403", "404", "413", "429", "500", "503", "504"}
-    assert set(document["paths"]["/healthz"]["get"]["responses"]) == {"200", "413", "500", "503"}
+    assert completions == {"200", "400", "401", "403", "404", "408", "413", "429", "500", "503", "504"}
+    assert set(document["paths"]["/healthz"]["get"]["responses"]) == {"200", "408", "413", "500", "503"}
     assert {"409", "422"} <= set(document["paths"]["/admin/revisions"]["post"]["responses"])
 
 
@@ -77,6 +78,16 @@ def test_streams_are_described_with_their_chunks(document):
         {"response_format": {"type": "json_schema", "json_schema": {"name": "n", "schema": {}, "strict": True}}},
         {"messages": [{"role": "user", "content": [{"type": "text", "text": "a"}], "name": None}]},
         {"stream": True, "stream_options": {"include_usage": True}},
+        {"tools": [WEATHER, CLOCK], "tool_choice": "required", "parallel_tool_calls": False},
+        {"tools": [WEATHER], "tool_choice": {"type": "function", "function": {"name": "get_weather"}}},
+        {
+            "messages": [
+                CALLING,
+                RESULT,
+                {**CALLING, "content": "text"},
+                {**RESULT, "content": [{"type": "text", "text": "a"}]},
+            ]
+        },
     ],
 )
 def test_a_body_that_is_accepted_fits(document, fields):
@@ -93,9 +104,13 @@ def test_bodies_that_are_refused_for_their_fields_do_not_fit(document):
         if path == CHAT and isinstance(body, dict) and status == 400 and code in {"unknown_field", "missing_field"}
     ]
     unsupported = [body for path, body, _, _, code in BAD_INPUTS if path == CHAT and code == "unsupported_field"]
-    formats = [body for body in unsupported if body.get("response_format") == {"type": "json_object"}]
+    elsewhere = [
+        body
+        for body in unsupported
+        if body.get("response_format") == {"type": "json_object"} or "tools" in body or CALLING in body["messages"]
+    ]
     assert len(refused) > 5
     assert len(unsupported) > 10
-    assert len(formats) == 1, "which another engine accepts"
-    for body in [*refused, *(body for body in unsupported if body not in formats)]:
+    assert len(elsewhere) == 5, "which another engine or template accepts"
+    for body in [*refused, *(body for body in unsupported if body not in elsewhere)]:
         assert not checker.is_valid(body), body

@@ -28,7 +28,7 @@ def answer(**fields) -> BadRequest:
         ),
         ({"messages": [{"role": "user", "content": "a", "age": 3}]}, UnknownField, "messages[0].age"),
         ({"stream_options": {"include_obfuscation": True}}, UnsupportedField, "stream_options.include_obfuscation"),
-        ({"tools": [{}]}, UnsupportedField, "tools"),
+        ({"functions": [{}]}, UnsupportedField, "functions"),
     ],
 )
 def test_the_field_is_named_as_openai_writes_it(fields, kind, param):

@@ -28,6 +28,7 @@ from training.errors import TrainingError
 from training.ground import Onto
 from training.merge import merge
 from training.model import load_tokenizer
+from training.room import FREE_MEMORY, Room, need_of
 from training.survival import BrokenMergeError
 
 CPU = torch.device("cpu")
@@ -185,6 +186,39 @@ def test_a_dequantised_merge_is_what_was_trained(tiny_base, tiny_adapters, held_
     assert found.kl_nats_base_mean > 1e-6
     with pytest.raises(TrainingError, match=r"numbers are not base \+ update"):
         measure(Onto.PLAIN)(tmp_path / "nf4")
+
+
+@pytest.mark.parametrize(
+    ("trained_in", "onto", "dtype"),
+    [
+        ("float32", Onto.PLAIN, None),
+        ("float32", Onto.PLAIN, torch.bfloat16),
+        ("float32", Onto.DEQUANTISED, None),
+        ("bfloat16", Onto.DEQUANTISED, None),
+    ],
+)
+def test_a_certificate_in_little_memory_has_the_same_numbers(
+    tiny_base, tiny_adapters, held_out, tmp_path, trained_in, onto, dtype
+):
+    """Bit for bit, but where the reference is an NF4 base in bfloat16, whose dense layers round once less."""
+    adapter = shutil.copytree(tiny_adapters["starter"], tmp_path / "adapter")
+    changes = {"quantisation": "nf4-double", "compute_dtype": trained_in}
+    write_manifest(adapter, read_manifest(adapter).model_copy(update=changes))
+    chats, found = read_held_out(held_out, 4), []
+    for room in (FREE_MEMORY, Room(need_of(tiny_base, torch.float32).layerwise)):
+
+        def measure(directory: Path, room: Room = room) -> MergeCertificate:
+            return certify(adapter, tiny_base, directory, chats, CPU, onto, room=room)
+
+        found.append(merge(adapter, tiny_base, tmp_path / "merged", dtype, measure, onto))
+    whole, layerwise = found
+    assert whole.passed, whole.failures
+    if trained_in == "float32":
+        assert layerwise == whole
+    else:
+        assert layerwise.passed, layerwise.failures
+        assert layerwise.kl_nats_base_mean == pytest.approx(whole.kl_nats_base_mean, rel=0.05)
+        assert layerwise.kl_nats_rounding == whole.kl_nats_rounding
 
 
 @pytest.mark.parametrize(

@@ -12,10 +12,14 @@ from safetensors.torch import load_file, save_file
 
 from tests.tiny import make_certificate
 from tests.training.test_certificate import changed_adapter
-from training.artifact import read_certificate
+from training.__main__ import main
+from training.artifact import read_certificate, read_manifest, write_manifest
 from training.certify_merge import certified_merge, summary
+from training.comparison import MERGED, POLICY, TRAINED
 from training.deltas import MergeError
+from training.ground import Onto
 from training.proof import DeltaSurvival, VariantDistance
+from training.room import Room, RoomError, need_of
 
 
 @pytest.fixture
@@ -94,6 +98,40 @@ def test_what_float16_cannot_hold_stays_and_is_sent_to_float32(erased, tiny_adap
     assert "write it with --dtype float32;" in text
 
 
+def test_the_policy_picks_where_it_is_asked_to_and_says_why(tiny_base, tiny_adapters, held_out, tmp_path):
+    adapter = shutil.copytree(tiny_adapters["starter"], tmp_path / "adapter")
+    write_manifest(adapter, read_manifest(adapter).model_copy(update={"quantisation": "nf4-double"}))
+
+    def run(onto: str, *, compare: bool):
+        options = {"dtype": "auto", "held_out": held_out, "rows": 1}
+        return certified_merge(adapter, tiny_base, tmp_path / "merged", onto=onto, compare=compare, **options)
+
+    found = run("auto", compare=True)
+    nll = {row.variant: row.nll_nats_difference for row in found.comparison if row.reference == TRAINED}
+    assert found.onto == min(Onto, key=lambda way: nll[MERGED[way]]).value
+    text = summary(adapter, tmp_path / "merged", found)
+    assert f"\nkept: {found.onto} ({POLICY}: plain {nll[MERGED[Onto.PLAIN]]:+.4f} nats a token, dequantised" in text
+    assert read_certificate(tmp_path / "merged") == found
+    other = next(way.value for way in Onto if way.value != found.onto)
+    assert run(other, compare=True).onto_reason == f"--onto {other}"
+    assert read_certificate(tmp_path / "merged").onto == other
+
+
+def test_a_hopeless_limit_is_refused_before_anything_is_written(tiny_base, tiny_adapters, held_out, tmp_path):
+    options = {"dtype": "auto", "held_out": held_out, "rows": 1, "onto": "plain", "compare": False}
+    with pytest.raises(RoomError, match="--max-memory-gib"):
+        certified_merge(tiny_adapters["starter"], tiny_base, tmp_path / "merged", room=Room(1000), **options)
+    assert not (tmp_path / "merged").exists()
+
+
+def test_the_command_passes_its_limit_on(tiny_base, tiny_adapters, held_out, tmp_path, capsys):
+    """At which the tiny model is read block by block, and says so."""
+    limit = need_of(tiny_base, torch.float32).layerwise / 2**30
+    words = ["merge", str(tiny_adapters["starter"]), "--base", str(tiny_base), "--out", str(tmp_path / "merged")]
+    assert main([*words, "--held-out", str(held_out), "--max-memory-gib", str(limit)]) == 0
+    assert "plain base + starter: block 2 of 2" in capsys.readouterr().err
+
+
 def test_the_summary_has_the_verdict_its_numbers_and_the_comparison(tiny_base, tiny_adapters, tmp_path):
     merged = shutil.copytree(tiny_base, tmp_path / "merged")
     survival = DeltaSurvival(
@@ -116,6 +154,10 @@ def test_the_summary_has_the_verdict_its_numbers_and_the_comparison(tiny_base, t
     assert "passed, " in text
     assert "-0.0333 [-0.0626, -0.0028]" in text
     assert "5.0 of 32.0" in text
+    assert "along the held-out replies" not in text
+    elsewhere = row.model_copy(update={"greedy_on": "held-out replies"})
+    little = facts.model_copy(update={"comparison": (elsewhere,)})
+    assert "greedy prefix: along the held-out replies" in summary(tiny_adapters["starter"], tmp_path / "out", little)
     failed = facts.model_copy(update={"kl_nats_mean": 0.2})
     assert f"FAILED, {tmp_path / 'out'} is as it was: KL 2.0e-01" in summary(
         tiny_adapters["starter"], tmp_path / "out", failed

@@ -11,10 +11,22 @@ import torch
 
 from tests.tiny import make_certificate
 from training.artifact import hash_files, read_certificate, read_manifest, write_manifest
-from training.certificate import certify, read_held_out
-from training.comparison import BASE, MERGED, PLAIN, TRAINED, choose, compare_variants, merge_compared
+from training.certificate import certify, read_held_out, render_held_out
+from training.comparison import (
+    BASE,
+    GREEDY_TOKENS,
+    MERGED,
+    PLAIN,
+    POLICY,
+    TRAINED,
+    choose,
+    compare_variants,
+    merge_compared,
+)
 from training.ground import Onto
+from training.merge import write_merged
 from training.proof import VariantDistance
+from training.room import Room, need_of
 
 CPU = torch.device("cpu")
 
@@ -75,9 +87,37 @@ def test_every_variant_is_measured_against_what_was_trained(compared):
 def test_the_chosen_merge_alone_is_left_with_the_comparison_in_its_certificate(compared):
     out, certificate = compared
     assert certificate.onto == "dequantised"
+    assert certificate.onto_reason == "--onto dequantised"
     assert certificate.passed
     assert read_certificate(out) == certificate
     assert [path.name for path in out.parent.iterdir()] == ["merged"]
+
+
+def test_in_little_memory_the_numbers_are_the_same_and_prefixes_are_those_of_held_out_replies(
+    compared, tiny_base, adapter, chats, tmp_path
+):
+    _, certificate = compared
+    merged = {way: tmp_path / way.value for way in Onto}
+    for way, directory in merged.items():
+        write_merged(adapter, tiny_base, directory, None, way)
+    room = Room(need_of(tiny_base, torch.float32).layerwise)
+    found = compare_variants(adapter, tiny_base, merged, chats, CPU, room)
+    assert {row.greedy_on for row in certificate.comparison} == {"own replies"}
+    assert {row.greedy_on for row in found} == {"held-out replies"}
+    greedy = ("greedy_prefix_mean", "greedy_tokens_mean", "greedy_on")
+    for row, whole in zip(found, certificate.comparison, strict=True):
+        assert row.model_dump(exclude=set(greedy)) == whole.model_dump(exclude=set(greedy))
+        assert row.greedy_prefix_mean <= row.greedy_tokens_mean
+        assert row.greedy_tokens_mean == pytest.approx(held_out_tokens(tiny_base, adapter, chats))
+    (dequantised,) = (row for row in found if row.variant == MERGED[Onto.DEQUANTISED])
+    assert dequantised.greedy_prefix_mean == dequantised.greedy_tokens_mean
+    assert min(row.greedy_prefix_mean for row in found) < dequantised.greedy_prefix_mean
+
+
+def held_out_tokens(base: Path, adapter: Path, chats) -> float:
+    """Returns the mean length of the held-out replies, cut as greedy replies are."""
+    examples = render_held_out(base, chats, read_manifest(adapter))
+    return sum(min(example.labelled, GREEDY_TOKENS) for example in examples) / len(examples)
 
 
 def distance(onto: Onto, difference: float) -> VariantDistance:
@@ -112,7 +152,10 @@ def test_the_lowest_held_out_nll_wins_among_those_that_pass(
         onto: make_certificate(tmp_path / "merged", tiny_adapters["starter"], kl_nats_mean=kl)
         for onto, kl in ((Onto.PLAIN, kl_plain), (Onto.DEQUANTISED, kl_dequantised))
     }
-    assert choose(certificates, [distance(Onto.PLAIN, plain), distance(Onto.DEQUANTISED, dequantised)]) is chosen
+    found, reason = choose(certificates, [distance(Onto.PLAIN, plain), distance(Onto.DEQUANTISED, dequantised)])
+    assert found is chosen
+    assert reason.startswith(f"{POLICY}: plain {plain:+.4f} nats a token")
+    assert ("but failed" in reason) == (kl_plain + kl_dequantised > 0)
 
 
 def test_where_none_passes_nothing_is_replaced(tiny_base, adapter, tmp_path):

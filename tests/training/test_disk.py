@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import os
 import resource
+import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -13,7 +14,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from training.disk import DiskError, disk_failures, write_whole
+from training.disk import DiskError, disk_failures, free_space, write_whole
 
 WRITERS: dict[str, Callable[[Path], object]] = {
     "ours": lambda path: write_whole(path, b"0" * 2000),
@@ -44,6 +45,19 @@ def test_a_full_disk_is_named(tmp_path: Path):
     """/dev/full is a real device whose every write fails for lack of space."""
     with pytest.raises(DiskError, match="No space left on device"), disk_failures(tmp_path):
         Path("/dev/full").write_bytes(b"x")
+
+
+def test_of_a_copy_the_file_that_was_written_is_named(tmp_path: Path):
+    (tmp_path / "source").write_bytes(b"0" * 2000)
+    with pytest.raises(DiskError) as refusal, disk_failures(tmp_path, "Do this."), file_size_limit(1000):
+        shutil.copyfile(tmp_path / "source", tmp_path / "copy")
+    assert str(refusal.value) == f"cannot write {tmp_path / 'copy'}: File too large. Do this."
+
+
+def test_free_space_is_that_of_the_disk_below_the_nearest_folder(tmp_path: Path):
+    found = free_space(tmp_path / "not" / "there")
+    assert 0 < found <= shutil.disk_usage(tmp_path).total
+    assert free_space(Path("/proc/self")) == 0
 
 
 @pytest.mark.parametrize(

@@ -5,6 +5,8 @@ from __future__ import annotations
 import gc
 import json
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import peft
@@ -14,6 +16,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from tests.tiny import make_certificate
+from tests.training.test_disk import file_size_limit
 from training import merge as merging
 from training.artifact import (
     ADAPTER_WEIGHTS,
@@ -24,7 +27,11 @@ from training.artifact import (
     read_manifest,
     write_manifest,
 )
+from training.disk import DiskError
 from training.merge import MergeError
+from training.tensor_file import write_tensors
+
+ROOT = Path(__file__).resolve().parent.parent.parent
 
 
 def merge(adapter: Path, base: Path, out: Path, dtype: torch.dtype | None = None, kl_nats: float = 0.0):
@@ -75,31 +82,29 @@ def live_bytes() -> int:
     return sum({tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes() for tensor in tensors}.values())
 
 
-def test_at_most_one_shard_is_in_memory(tiny_base, tiny_adapters, tmp_path, monkeypatch):
-    many = tmp_path / "many"
-    AutoModelForCausalLM.from_pretrained(tiny_base).save_pretrained(many, max_shard_size="60KB")
-    sizes = [path.stat().st_size for path in many.glob("*.safetensors")]
-    assert len(sizes) >= 8
-    adapter = shutil.copytree(tiny_adapters["starter"], tmp_path / "adapter")
-    manifest = read_manifest(adapter)
-    base = manifest.base.model_copy(update={"fingerprint": fingerprint_base(many)})
-    write_manifest(adapter, manifest.model_copy(update={"base": base}))
+def test_at_most_one_weight_is_in_memory(tiny_base, tiny_adapters, tmp_path, monkeypatch):
     held = []
 
-    def counted(tensors, path, metadata):
-        held.append(live_bytes())
-        save_file(tensors, path, metadata=metadata)
+    def counted(path, kinds, tensor_of):
+        def tensor_and_count(name: str) -> torch.Tensor:
+            held.append(live_bytes())
+            return tensor_of(name)
 
-    monkeypatch.setattr(merging, "save_file", counted)
+        write_tensors(path, kinds, tensor_and_count)
+
+    monkeypatch.setattr(merging, "write_tensors", counted)
     gc.freeze()
     try:
-        merge(adapter, many, tmp_path / "merged")
+        merge(tiny_adapters["starter"], tiny_base, tmp_path / "merged")
     finally:
         gc.unfreeze()
-    assert len(held) == len(sizes)
-    deltas = sum(tensor.nbytes for tensor in load_file(adapter / ADAPTER_WEIGHTS).values())
-    assert max(sizes) / 2 < max(held) <= max(sizes) + deltas
-    assert max(held) < sum(sizes) / 2
+    (shard,) = tiny_base.glob("*.safetensors")
+    weights = load_file(shard)
+    assert len(held) == len(weights)
+    deltas = sum(tensor.nbytes for tensor in load_file(tiny_adapters["starter"] / ADAPTER_WEIGHTS).values())
+    largest = max(weight.nbytes for weight in weights.values())
+    assert max(held) <= deltas + 2 * largest  # what was read, and what became of it
+    assert max(held) < sum(weight.nbytes for weight in weights.values()) / 2
 
 
 def test_a_merged_model_carries_nothing_that_makes_it_an_adapter(tiny_base, tiny_adapters, tmp_path):
@@ -140,6 +145,72 @@ def test_a_directory_that_is_no_merge_is_never_replaced(tiny_base, tiny_adapters
     with pytest.raises(MergeError, match="no earlier merge"):
         merge(tiny_adapters["starter"], tiny_base, tmp_path / "precious")
     assert (tmp_path / "precious" / "thesis.txt").exists()
+
+
+def kept_as_it_was(folder: Path, before: dict[str, str]) -> bool:
+    return hash_files(folder / "merged") == before and [path.name for path in folder.iterdir()] == ["merged"]
+
+
+def test_a_merge_that_the_disk_has_no_space_for_does_not_start(tiny_base, tiny_adapters, tmp_path, monkeypatch):
+    merge(tiny_adapters["starter"], tiny_base, tmp_path / "merged")
+    before = hash_files(tmp_path / "merged")
+    needed = merging.merged_bytes(tiny_base, None)
+    monkeypatch.setattr(merging, "free_space", lambda _: needed - 1)
+    monkeypatch.setattr(merging, "write_merged", None)  # it would be called
+    with pytest.raises(DiskError) as refusal:
+        merge(tiny_adapters["other"], tiny_base, tmp_path / "merged")
+    for part in (
+        f"cannot write {tmp_path / 'merged'}",
+        f"{needed:,} bytes",
+        f"{needed - 1:,} ",
+        "stays as it is",
+        "--out",
+    ):
+        assert part in str(refusal.value)
+    assert kept_as_it_was(tmp_path, before)
+
+
+def test_a_write_that_is_refused_midway_is_told_and_leaves_the_earlier_merge(tiny_base, tiny_adapters, tmp_path):
+    merge(tiny_adapters["starter"], tiny_base, tmp_path / "merged")
+    before = hash_files(tmp_path / "merged")
+    told = r"cannot write .*: File too large\. The merge needs"
+    with pytest.raises(DiskError, match=told) as refusal, file_size_limit(100_000):
+        merge(tiny_adapters["other"], tiny_base, tmp_path / "merged")
+    assert "which stays as it is" in str(refusal.value)
+    assert kept_as_it_was(tmp_path, before)
+
+
+@pytest.mark.parametrize(("dtype", "share"), [(None, 1.0), (torch.float32, 1.0), (torch.bfloat16, 0.5)])
+def test_the_space_that_is_asked_for_is_what_the_weights_take(tiny_base, tiny_adapters, tmp_path, dtype, share):
+    needed = merging.merged_bytes(tiny_base, dtype)
+    merge(tiny_adapters["starter"], tiny_base, tmp_path / "merged", dtype)
+    (shard,) = (tmp_path / "merged").glob("*.safetensors")
+    assert shard.stat().st_size == pytest.approx(needed, rel=0.02)
+    assert needed == share * merging.merged_bytes(tiny_base, torch.float32)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("spare_pages", "told"), [(-1, "no space left on its disk"), (2, "No space left on device")])
+def test_a_disk_that_is_or_becomes_full_is_told_by_the_command(tiny_base, tiny_adapters, tmp_path, spare_pages, told):
+    """A file system of a mount namespace's own: too small for the weights, or for what stands beside them."""
+    disk, held_out = tmp_path / "disk", tmp_path / "held_out.jsonl"
+    disk.mkdir()
+    held_out.write_text('{"messages": [{"role": "user", "content": "walk"}], "reference": "swim"}\n')
+    namespace = ["unshare", "--user", "--map-root-user", "--mount", "sh", "-c"]
+    if subprocess.run([*namespace, f"mount -t tmpfs tmpfs {disk}"], capture_output=True, check=False).returncode:
+        pytest.skip("this machine lets no process mount a file system of its own")
+    size_kib = 4 * (-(-merging.merged_bytes(tiny_base, None) // 4096) + spare_pages)
+    merge_command = [sys.executable, "-m", "training", "merge", str(tiny_adapters["starter"]), "--base", str(tiny_base)]
+    merge_command += ["--out", str(disk / "merged"), "--held-out", str(held_out)]
+    script = f'mount -t tmpfs -o size={size_kib}k tmpfs {disk} && "$@"; code=$?; ls -A {disk}; exit $code'
+    done = subprocess.run(
+        [*namespace, script, "sh", *merge_command], cwd=ROOT, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 2, done.stdout + done.stderr
+    assert f"error: cannot write {disk}" in done.stderr
+    assert told in done.stderr
+    assert "Traceback" not in done.stderr
+    assert done.stdout == ""  # nothing is left there
 
 
 def test_a_changed_adapter_is_refused(tiny_base, tiny_adapters, tmp_path):

@@ -7,6 +7,7 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -17,6 +18,7 @@ from training.log import read_log
 from training.model import load_tokenizer
 from training.plan import count_work, make_plan, table
 from training.prepare import prepare
+from training.samples import prompts_of
 from training.train import train
 
 ROOT = Path(__file__).resolve().parent.parent.parent
@@ -70,11 +72,30 @@ def test_hours_follow_the_given_rate(tiny_base: Path, tmp_path: Path):
     assert "--probe STEPS" in table(make_plan(config, tmp_path, "cpu"), config)
 
 
+def test_samples_are_counted_as_the_run_takes_them(tiny_base: Path, tmp_path: Path):
+    run = {"sample_prompts": ["Explain lake.", "What is a fox?"], "sample_tokens": 5, "sample_every": 2}
+    config = small_config(tiny_base, tmp_path, run=run)
+    lengths = [len(prompt) for prompt in prompts_of(config, load_tokenizer(tiny_base))]
+    plan = make_plan(config, tmp_path, "cpu", tokens_per_s=10.0)
+    train(config, tmp_path / "run", tmp_path)
+    taken = {line["step"] for line in read_log(tmp_path / "run" / "samples.jsonl")}
+    assert plan.work.samplings == len(taken) == 4
+    assert plan.work.largest_sampled == sum(lengths) + 2 * 4
+    assert plan.work.sampled_tokens == sum(sum(length + new for new in range(5)) for length in lengths)
+    without = make_plan(small_config(tiny_base, tmp_path), tmp_path, "cpu", tokens_per_s=10.0)
+    assert without.work.samplings == without.samplings_s == without.memory.sampling == 0
+    assert (plan.hours - without.hours) * 3600 == pytest.approx(4 * plan.work.sampled_tokens / 2 / 10)
+    assert "samples, in that" in table(plan, config)
+
+
 def test_a_gpu_is_planned_for_from_anywhere(tiny_base: Path, tmp_path: Path):
     config = small_config(tiny_base, tmp_path, model={"dtype": "float16"})
     plan = make_plan(config, tmp_path, "cuda")
     assert plan.memory.runtime == 0
     assert plan.place.number_bytes == 2
+    assert not plan.place.dense
+    nf4 = {"dtype": "float16", "quantisation": "nf4", "keep_dense": "on"}
+    assert make_plan(small_config(tiny_base, tmp_path, model=nf4), tmp_path, "cuda").place.dense
 
 
 def command(folder: Path, config: TrainConfig, name: str, *words: str) -> str:
@@ -135,6 +156,22 @@ def test_the_prediction_holds_in_smollm2s_shape(tmp_path: Path):
     base = make_smollm2_shape(tmp_path / "base", layers=30)
     config = small_config(base, tmp_path, optim={"micro_batch_tokens": 512, "batch_size": 16, "epochs": 1})
     check(probe(tmp_path, config, 1), 1, LARGER_TOLERANCE)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "sections",
+    [
+        {"lora": {"dora": True, "dropout": 0.1}, "model": {"quantisation": "nf4"}},
+        {"run": {"sample_prompts": ["walk " * 500] * 4, "sample_tokens": 1}},
+    ],
+    ids=["dora", "samples"],
+)
+def test_the_prediction_holds_with_dora_and_with_samples(tmp_path: Path, sections: dict[str, Any]):
+    """The samples' prompts are far longer than the packs, so that their passes are the peak."""
+    base = make_smollm2_shape(tmp_path / "base", layers=4)
+    config = small_config(base, tmp_path, optim={"micro_batch_tokens": 256, "batch_size": 4, "epochs": 1}, **sections)
+    check(probe(tmp_path, config, 1), 1, TOLERANCE)
 
 
 @pytest.mark.slow

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 import shutil
 from pathlib import Path
 
@@ -13,9 +14,11 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from tests.tiny import make_tiny_adapter
 from training import attention
-from training.artifact import PROBES_NAME, read_manifest, read_probes
+from training.artifact import PROBES_NAME, ArtifactError, read_manifest, read_probes
 from training.chat import Message, end_of_turn_id, render_prompt
-from training.probes import probe_error, write_probes
+from training.model import load_base
+from training.probes import add_plain_scores, plain_scores, probe_error, write_probes
+from training.readable import Whole
 
 
 @pytest.fixture
@@ -81,16 +84,63 @@ def test_the_same_model_writes_the_same_bytes_and_stays_in_training(model, tiny_
 
 def test_the_right_adapter_has_no_error_and_a_wrong_one_more_than_is_allowed(model, tiny_adapters):
     probes = read_probes(tiny_adapters["starter"])
-    right = probe_error(model, probes)
+    right = probe_error(Whole(model), probes)
     assert right.error_nats < 1e-5 < right.effect_nats
     for factor in (0.5, 0.75, 1.25, 2.0):
-        wrong = probe_error(scaled(model, factor), probes)
+        wrong = probe_error(Whole(scaled(model, factor)), probes)
         assert wrong.error_nats > wrong.allowed_nats
         assert wrong.effect_nats == right.effect_nats
-    assert probe_error(scaled(model, 0.0), probes).error_nats == pytest.approx(right.effect_nats, abs=1e-4)
+    assert probe_error(Whole(scaled(model, 0.0)), probes).error_nats == pytest.approx(right.effect_nats, abs=1e-4)
 
 
 def test_an_adapter_from_before_there_were_probes_has_none(tiny_adapters, tmp_path):
     old = shutil.copytree(tiny_adapters["starter"], tmp_path / "old")
     (old / PROBES_NAME).unlink()
     assert read_probes(old) is None
+
+
+@pytest.fixture
+def on_nf4(tiny_base: Path, tiny_adapters: dict[str, Path], tmp_path: Path) -> Path:
+    """An adapter whose probes were recorded on the NF4 base, with their scores on the plain one."""
+    adapter = shutil.copytree(tiny_adapters["starter"], tmp_path / "nf4")
+    base = load_base(tiny_base, "nf4", torch.float32, torch.device("cpu"))
+    model = peft.PeftModel.from_pretrained(base, str(adapter))
+    write_probes(adapter, model, AutoTokenizer.from_pretrained(tiny_base), None)
+    scores = plain_scores(adapter, tiny_base, torch.device("cpu"))
+    assert scores is not None
+    add_plain_scores(adapter, scores)
+    return adapter
+
+
+def test_scores_on_the_plain_base_are_those_of_a_training_on_it(on_nf4, tiny_adapters, tiny_base):
+    recorded, trained = read_probes(on_nf4), read_probes(tiny_adapters["starter"])
+    assert (recorded.compute, recorded.dtype) == ("nf4", "float32")
+    assert recorded.probes != trained.probes
+    assert recorded.on_plain_base() == trained
+    assert trained.on_plain_base() == trained
+    assert plain_scores(tiny_adapters["starter"], tiny_base, torch.device("cpu")) is None
+
+
+def test_the_nearest_reference_is_of_the_base_that_is_served(on_nf4):
+    probes = read_probes(on_nf4)
+    assert probes.nearest("nf4") == probes
+    assert probes.nearest("plain") == probes.nearest("int8") == probes.on_plain_base()
+    older = probes.model_copy(update={"plain": None})
+    assert older.on_plain_base() is None
+    assert older.nearest("plain") == older
+
+
+def test_half_the_scale_is_told_apart_on_the_plain_base(on_nf4, model):
+    probes = read_probes(on_nf4).on_plain_base()
+    assert probe_error(Whole(model), probes).error_nats < 1e-5
+    for factor in (0.5, 0.97, 1.03, 2.0):
+        assert probe_error(Whole(scaled(model, factor)), probes).error_nats > 1e-3
+
+
+def test_scores_of_other_lengths_are_refused(on_nf4):
+    path = on_nf4 / PROBES_NAME
+    document = json.loads(path.read_text())
+    document["plain"]["adapter_logprobs"][1].pop()
+    path.write_text(json.dumps(document))
+    with pytest.raises(ArtifactError, match=r"probes\.json: .*plain: .* log-probabilities, not"):
+        read_probes(on_nf4)

@@ -1,15 +1,18 @@
-"""A reading holds the states before reply tokens, row by row; rounding anew moves weights as a rounding would."""
+"""A reading holds the states before reply tokens, row by row, of a whole model or of one that is read by block."""
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
-import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
 from training.chat import TrainExample
-from training.reading import head_of, load_merged, read, round_anew
+from training.layerwise import Layerwise
+from training.readable import Whole
+from training.reading import load_merged, read, stored_dtype
+from training.room import Room, need_of
 
 CPU = torch.device("cpu")
 
@@ -25,18 +28,23 @@ def test_a_reading_predicts_the_labelled_tokens_of_each_row(tiny_base: Path):
         assert found.targets_N[here].tolist() == list(ids[3:])
         with torch.no_grad():
             logits = plain(torch.tensor([ids])).logits[0, 2 : length - 1]
-        torch.testing.assert_close(found.hidden_ND[here] @ head_of(model).T, logits, atol=1e-4, rtol=1e-4)
+        torch.testing.assert_close(found.hidden_ND[here] @ model.head().float().T, logits, atol=1e-4, rtol=1e-4)
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_rounding_anew_has_a_rounding_errors_size_and_keeps_zeros(dtype: torch.dtype):
-    layer = torch.nn.Linear(400, 400, dtype=dtype)
-    layer.weight.data[:, 0] = 0
-    before = layer.weight.detach().clone()
-    round_anew(layer, ["weight"])
-    steps = layer.weight.view(torch.int16).int() - before.view(torch.int16).int()
-    assert (layer.weight[:, 0] == 0).all()
-    assert layer.weight.isfinite().all()
-    assert set(steps.unique().tolist()) == {-1, 0, 1}
-    assert steps[:, 1:].double().var().item() == pytest.approx(1 / 12, rel=0.05)
-    assert abs(steps.double().mean().item()) < 0.005
+def test_there_is_one_reading_of_a_model_whatever_the_room(tiny_base: Path):
+    examples = [TrainExample(tuple(range(5, end)), tuple(range(5, end))) for end in (40, 20)]
+    need = need_of(tiny_base, torch.float32)
+    models = [load_merged(tiny_base, CPU, room=Room(size)) for size in (need.whole, need.layerwise)]
+    assert [type(model) for model in models] == [Whole, Layerwise]
+    whole, layerwise = (read(model, examples) for model in models)
+    for name in ("hidden_ND", "targets_N", "rows_N"):
+        assert torch.equal(getattr(whole, name), getattr(layerwise, name)), name
+
+
+def test_a_models_dtype_is_the_one_it_says_else_its_weights(tiny_base: Path, tmp_path: Path):
+    assert stored_dtype(tiny_base) == torch.float32
+    AutoModelForCausalLM.from_pretrained(tiny_base, dtype=torch.bfloat16).save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    del config["dtype"]
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    assert stored_dtype(tmp_path) == torch.bfloat16

@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from torch.distributed.tensor import DTensor
 
 from tests.training.recipes import small_config
+from training.batch import join_rows
+from training.chat import TrainExample
+from training.config import LoraConfig
+from training.hollow import Hollow, hollow_base
+from training.model import PackLoss, add_lora, load_base, nf4_config
 from training.run import assemble
 from training.shard import (
     Sharding,
@@ -16,6 +23,7 @@ from training.shard import (
     read_sharding,
     require_shardable,
     set_trained_weights,
+    shard,
     sharded_optimizer,
     trained_weights,
     whole_optimizer,
@@ -68,6 +76,8 @@ def test_what_cannot_be_followed_is_refused_by_name(changes: dict[str, str], tol
         ({"lora": {"dora": True}}, "lora.dora"),
         ({"run": {"sample_prompts": ["hi"]}}, "run.sample_prompts"),
         ({"optim": {"optimizer": "paged_adamw_8bit"}}, "paged_adamw_8bit"),
+        ({"run": {"cuda_graphs": "on"}}, "run.cuda_graphs"),
+        ({"model": {"keep_dense": "on"}}, "model.keep_dense"),
     ],
 )
 def test_a_recipe_that_needs_a_whole_model_is_refused(tmp_path: Path, sections: dict[str, Any], told: str):
@@ -87,6 +97,42 @@ def test_one_process_is_refused(tmp_path: Path):
     require_shardable(small_config(tmp_path, tmp_path), processes=2, dtype=torch.float32)
     with pytest.raises(ShardingError, match="one process"):
         require_shardable(small_config(tmp_path, tmp_path), processes=1, dtype=torch.float32)
+
+
+@pytest.fixture
+def alone(tmp_path: Path) -> Iterator[None]:
+    """A process group of this process."""
+    store = torch.distributed.FileStore(str(tmp_path / "store"), 1)
+    torch.distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
+    try:
+        yield
+    finally:
+        torch.distributed.destroy_process_group()
+
+
+@pytest.mark.parametrize("nf4", [False, True])
+def test_each_block_is_spread_before_the_next_is_read(tiny_base: Path, alone: None, nf4: bool):
+    cpu, dtype, read = torch.device("cpu"), torch.float32, []
+    hollow = hollow_base(tiny_base, dtype, cpu, nf4_config(dtype, storage=dtype) if nf4 else None)
+    network = PackLoss(add_lora(hollow.model, LoraConfig(rank=4), seed=0))
+    blocks = network.model.get_base_model().get_decoder().layers
+
+    class Watched(Hollow):
+        def fill(self, names, weight_of):
+            spread = [all(isinstance(weight, DTensor) for weight in block.parameters()) for block in blocks]
+            read.append((spread, len(list(names))))
+            super().fill(names, weight_of)
+
+    shard(
+        network, Watched(hollow.model, hollow.slots, hollow.files), dtype, cpu, 1, Sharding(reshard_after_forward=True)
+    )
+    assert read == [([False, False], 9), ([True, False], 9), ([True, True], 3)]  # then embedding, norm and head
+    assert all(isinstance(weight, DTensor) for weight in network.parameters())
+    whole = PackLoss(add_lora(load_base(tiny_base, "nf4" if nf4 else "none", dtype, cpu), LoraConfig(rank=4), seed=0))
+    ids = torch.arange(5, 25)
+    pack = join_rows([TrainExample(tuple(ids.tolist()), tuple(ids.tolist()))])
+    with torch.no_grad():
+        assert float(network.eval()(pack)) == pytest.approx(float(whole.eval()(pack)), rel=1e-6)
 
 
 def test_weights_and_optimizer_state_return_as_they_were(tiny_base: Path, tmp_path: Path):

@@ -62,3 +62,16 @@ def test_validation_equals_the_models_own_loss_and_changes_nothing(tiny_base: Pa
     for step in range(8):
         optimizer_step(run, step)
     assert validation_nll(run) < first
+
+
+def test_a_validation_between_two_steps_changes_neither(tiny_base: Path, tmp_path: Path):
+    """Dropout's masks included: each step sees to it that it trains."""
+    records = []
+    for validates in (False, True):
+        run = assemble(small_config(tiny_base, tmp_path, lora={"dropout": 0.5}), tmp_path, tmp_path)
+        optimizer_step(run, 0)
+        if validates:
+            validation_nll(run)
+        records.append(optimizer_step(run, 1))
+    assert records[0].nll_nats == records[1].nll_nats
+    assert records[0].grad_norm == records[1].grad_norm

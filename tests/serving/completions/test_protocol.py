@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 from pydantic import ValidationError
 
-from serving.completions.protocol import CompletionRequest
+from serving.completions.protocol import MAX_IDS, CompletionRequest
 
 
 @pytest.mark.parametrize(
@@ -21,6 +21,14 @@ def test_prompts_are_counted_before_they_are_checked(one):
     assert len(CompletionRequest.model_validate({"model": "base", "prompt": [one] * 2048}).prompt) == 2048
     with pytest.raises(ValidationError, match="has 2049 prompts; at most 2048 are allowed"):
         CompletionRequest.model_validate({"model": "base", "prompt": [one] * 2049})
+
+
+@pytest.mark.parametrize("form", [lambda ids: ids, lambda ids: [ids[:9], ids[9:]]])
+def test_token_ids_are_counted_over_all_prompts(form):
+    most = form([7] * MAX_IDS)
+    assert sum(map(len, CompletionRequest.model_validate({"model": "base", "prompt": most}).prompt)) == MAX_IDS
+    with pytest.raises(ValidationError, match=f"has {MAX_IDS + 1} token ids; at most {MAX_IDS} are allowed"):
+        CompletionRequest.model_validate({"model": "base", "prompt": form([7] * (MAX_IDS + 1))})
 
 
 @pytest.mark.parametrize("prompt", [[], [[]], [[1], []], ["a", 1], [1, [2]], [True], [1.0], 5, {}, None, [["a"]]])

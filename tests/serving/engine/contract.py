@@ -12,6 +12,7 @@ from __future__ import annotations
 import asyncio
 import json
 import math
+import re
 from collections.abc import Awaitable, Callable
 from contextlib import aclosing
 from dataclasses import dataclass, replace
@@ -21,7 +22,16 @@ import jsonschema_rs
 import pytest
 from transformers import AutoTokenizer
 
-from serving.engine.engine import Engine, FinishReason, GenerationRequest, Grammar, Sampling, TokenLogprob, Variant
+from serving.engine.engine import (
+    Engine,
+    FinishReason,
+    GenerationRequest,
+    Grammar,
+    Sampling,
+    Syntax,
+    TokenLogprob,
+    Variant,
+)
 from serving.engine.vocabulary import read_vocabulary
 from serving.errors import EngineDead
 from tests.serving.engine.schemas import SCHEMAS
@@ -330,7 +340,7 @@ async def stopping_ends_requests_with_engine_dead(engine: Engine, subject: Subje
 def constrained(subject: Subject, schema: object, seed: int, **fields) -> GenerationRequest:
     stops = frozenset({end_of_turn_id(_tokenizer(subject))})
     sampling = {"temperature": 1.0, "max_tokens": 200, "stop_token_ids": stops, "seed": seed, **fields}
-    return ask(subject, grammar=Grammar(json.dumps(schema)), **sampling)
+    return ask(subject, **{"grammar": Grammar(json.dumps(schema)), **sampling})
 
 
 def _tokenizer(subject: Subject) -> Any:
@@ -350,6 +360,15 @@ async def a_grammar_holds_at_temperature_1(engine: Engine, subject: Subject) -> 
             else:
                 assert len(outcome.token_ids) == 200, name
     assert ended > 2 * len(SCHEMAS)
+
+
+async def a_grammar_of_marked_json_holds(engine: Engine, subject: Subject) -> None:
+    lark = 'start: call+\ncall: "<call>" %json {"enum": [1, 22]} "</call>"\n'
+    request = constrained(subject, {}, 5, max_tokens=60, grammar=Grammar(f"%llguidance {{}}\n{lark}", Syntax.LARK))
+    outcome = await gather(engine, request)
+    text = read_vocabulary(_tokenizer(subject)).spell(outcome.token_ids)
+    assert re.match(r"(<call>(1|22)</call>)+", text), text
+    assert outcome.finish_reason is FinishReason.LENGTH or re.fullmatch(r"(<call>(1|22)</call>)+", text)
 
 
 async def a_grammar_cut_short_ends_with_length(engine: Engine, subject: Subject) -> None:
@@ -373,6 +392,7 @@ async def logprobs_ignore_the_grammar(engine: Engine, subject: Subject) -> None:
 
 GRAMMAR_CHECKS: tuple[Check, ...] = (  # for an engine that has Feature.GRAMMAR
     a_grammar_holds_at_temperature_1,
+    a_grammar_of_marked_json_holds,
     a_grammar_cut_short_ends_with_length,
     a_grammar_touches_its_own_row_only,
     logprobs_ignore_the_grammar,

@@ -11,7 +11,7 @@ from serving.engine.completion import Choice, complete, complete_all
 from serving.engine.engine import Delta, FinishReason
 from serving.engine.fake_engine import FakeEngine
 from serving.engine.vocabulary import read_vocabulary
-from serving.errors import EngineDead
+from serving.errors import DeadlineExceeded, EngineDead
 from tests.serving.engine.contract import ask, run_check, until
 from tests.serving.engine.test_fake_engine import subject
 from tests.tiny import make_tokenizer
@@ -64,6 +64,46 @@ def test_leaving_frees_every_choice():
             for _ in range(5):
                 await anext(pieces)
         assert (engine.stats().running, engine.aborted) == (0, 3)
+
+    run_check(check, subject())
+
+
+async def read_alone(engine, about, within_s=None, **fields):
+    """Yields the pieces of one choice that no task of its own reads."""
+    choices = [Choice(0, ask(about, **fields))]
+    async with aclosing(complete_all(engine, VOCABULARY, choices, within_s, buffered=False)) as pieces:
+        tasks = len(asyncio.all_tasks())
+        async for piece in pieces:
+            assert len(asyncio.all_tasks()) == tasks
+            yield piece
+
+
+def test_an_unbuffered_choice_alone_says_the_same_in_the_readers_task():
+    async def check(engine, about):
+        choices = [Choice(0, ask(about, max_tokens=20))]
+        buffered = [piece.text async for piece in complete_all(engine, VOCABULARY, choices)]
+        assert [piece.text async for piece in read_alone(engine, about, max_tokens=20)] == buffered
+        both = [Choice(index, ask(about, max_tokens=20)) for index in range(2)]
+        seen = [piece.index async for piece in complete_all(engine, VOCABULARY, both, buffered=False)]
+        assert sorted(seen) != seen, "several still take turns"
+
+    run_check(check, subject())
+
+
+def test_an_unbuffered_choice_ends_by_leaving_by_its_error_and_in_its_time():
+    async def check(engine, about):
+        async with aclosing(read_alone(engine, about, max_tokens=200)) as pieces:
+            await anext(pieces)
+        assert (engine.stats().running, engine.aborted) == (0, 1)
+        with pytest.raises(DeadlineExceeded):
+            await anext(read_alone(engine, about, within_s=-1.0))
+        engine._token_delay_s = 60.0
+        with pytest.raises(DeadlineExceeded, match="x-request-timeout-s"):
+            await anext(read_alone(engine, about, within_s=0.02))
+        assert engine.stats().running == 0
+        engine.die()
+        with pytest.raises(EngineDead):
+            await anext(read_alone(engine, about))
 
     run_check(check, subject())
 

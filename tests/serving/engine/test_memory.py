@@ -45,4 +45,10 @@ def test_the_smaller_of_machine_and_control_groups_counts(tmp_path, membership, 
 
 
 def test_a_cpu_cache_is_a_share_of_what_this_process_may_use():
-    assert cache_budget(torch.device("cpu")) == int(SHARE_CPU * host_bytes()) <= SHARE_CPU * MACHINE
+    assert cache_budget(torch.device("cpu"), GIB // 4) == int(SHARE_CPU * host_bytes()) <= SHARE_CPU * MACHINE
+
+
+def test_weights_that_fill_the_memory_leave_less_for_the_cache(monkeypatch):
+    monkeypatch.setattr("serving.engine.memory.host_bytes", lambda: 20 * GIB)
+    budgets = [cache_budget(torch.device("cpu"), gib * GIB) / GIB for gib in (1, 10, 15, 21)]
+    assert budgets == pytest.approx([8, 8, 4, 0])

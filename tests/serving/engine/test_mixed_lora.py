@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import pytest
 import torch
 from torch import nn
 
@@ -16,19 +15,9 @@ from serving.engine.mixed_lora import (
     LinearGroup,
     LoraFactors,
     group_linears,
-    make_product,
 )
 
 ONE, TWO = (Variant(name, VariantKind.ADAPTER, name, Path(name)) for name in ("one", "two"))
-
-
-@pytest.mark.parametrize("rows", [1, 2, 7, 33, 130])
-@pytest.mark.parametrize("bias", [True, False])
-def test_a_product_equals_the_layer(rows, bias):
-    layer = nn.Linear(48, 80, bias=bias)
-    inputs = torch.randn(1, rows, 48)
-    with torch.inference_mode():
-        assert torch.allclose(make_product(layer.weight, layer.bias)(inputs), layer(inputs), atol=1e-5)
 
 
 class Attention(nn.Module):

@@ -12,6 +12,7 @@ from serving.engine.engine import Delta, FinishReason, GenerationRequest, Sampli
 from serving.engine.kv_cache import KvCache
 from serving.engine.scheduler import Row, Scheduler
 from serving.engine.step import Stepper
+from serving.engine.threads import StepThreads
 from serving.engine.weights import WeightSet, load_weights
 from serving.errors import ModelRejected
 
@@ -27,7 +28,8 @@ def weights(tiny_base: Path) -> WeightSet:
 def make_stepper(weights: WeightSet, *, chunk_tokens: int = 64, budget_tokens: int = 100_000) -> Stepper:
     budget = budget_tokens * weights.shape.token_bytes(weights.dtype)
     cache = KvCache(weights.shape, weights.dtype, weights.device, 8, CONTEXT, budget)
-    return Stepper(weights, cache, Scheduler(cache, max_rows=8, chunk_tokens=chunk_tokens))
+    threads = StepThreads(0, torch.get_num_threads())
+    return Stepper(weights, cache, Scheduler(cache, max_rows=8, chunk_tokens=chunk_tokens), threads)
 
 
 def make_row(prompt: tuple[int, ...], max_tokens: int, base: Path = Path(), prompt_logprobs: int | None = None) -> Row:

@@ -15,7 +15,8 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import AutoModelForCausalLM, Qwen2Config, Qwen2ForCausalLM
 
-from serving.engine.engine import GenerationRequest, Sampling, Variant, VariantKind
+from serving.engine.engine import GenerationRequest, Sampling, Variant, VariantKind, WeightFormat
+from serving.engine.number_format import load_model
 from serving.engine.transformers_engine import TransformersEngine
 from serving.errors import AdapterRejected, BadRequest, ContextTooLong, EngineDead, ModelNotFound, ModelRejected
 from tests.serving.engine.contract import CHECKS, GRAMMAR_CHECKS, Subject, ask, constrained, gather, run_check, until
@@ -86,6 +87,12 @@ def test_it_keeps_the_contract(check, variants):
     run_with(variants, check)
 
 
+@pytest.mark.parametrize("weights", [WeightFormat.NF4, WeightFormat.FP16])
+@pytest.mark.parametrize("check", CHECKS, ids=lambda check: check.__name__)
+def test_it_keeps_the_contract_on_a_base_in_fewer_bits(check, weights, variants):
+    run_with(variants, check, weights=weights)
+
+
 @pytest.mark.parametrize("model", ["llama", "qwen2"])
 def test_greedy_tokens_equal_transformers_and_peft(model, variants, qwen2):
     chosen = variants[:3] if model == "llama" else qwen2
@@ -116,6 +123,49 @@ def test_scores_equal_pefts(variants, qwen2):
             assert torch.allclose(scores, expected[range(149), prompt[1:]], atol=1e-4)
 
         run_with((base, adapter), check)
+
+
+def test_an_nf4_base_scores_what_peft_does_on_what_training_loads(variants, qwen2):
+    for base, adapter in ((variants[0], variants[1]), qwen2):
+
+        async def check(engine, about, base=base, adapter=adapter):
+            prompt = tuple(index * 17 % 250 for index in range(150))
+            request = ask(about, adapter, prompt_ids=prompt, prompt_logprobs=0, max_tokens=0)
+            outcome = await gather(engine, request)
+            trained = load_model(base.path, torch.device("cpu"), WeightFormat.NF4, torch.float32)
+            model = PeftModel.from_pretrained(trained, adapter.path)
+            with torch.inference_mode():
+                expected = torch.log_softmax(model(torch.tensor([prompt])).logits[0], dim=-1)
+            scores = torch.tensor([entry.logprob for entry in outcome.prompt_logprobs[1:]])
+            assert torch.allclose(scores, expected[range(149), prompt[1:]], atol=1e-3)
+
+        run_with((base, adapter), check, weights=WeightFormat.NF4)
+
+
+@pytest.mark.parametrize("weights", WeightFormat)
+def test_a_merged_model_is_plain_whatever_the_bases_format(weights, variants):
+    async def check(engine, about):
+        merged = await gather(engine, ask(about, variants[3], logprobs=0, max_tokens=TOKENS))
+        assert merged.token_ids == generate_with_transformers(variants[3].path, None, PROMPT)
+
+    run_with((variants[0], variants[3]), check, weights=weights)
+
+
+def test_the_cost_of_fp16_is_known_once_it_has_loaded(variants, caplog):
+    caplog.set_level("INFO", "graft.engine")
+
+    async def check(engine, about):
+        assert engine.weights_cost.tokens > 100
+        assert 0 < engine.weights_cost.kl_nats < 1e-3
+        assert f"base in fp16: 0.00 GiB; {engine.weights_cost}" in caplog.text
+
+    run_with(variants[:1], check, weights=WeightFormat.FP16)
+    assert TransformersEngine(variants[0].path, device="cpu").weights_cost is None
+
+
+def test_fp16_is_refused_beside_a_gpu_before_anything_loads(variants):
+    with pytest.raises(ModelRejected, match="fp16 is for CPUs"):
+        TransformersEngine(variants[0].path, device="cuda", weights=WeightFormat.FP16)
 
 
 def test_a_merged_model_answers_as_its_adapter(variants):
@@ -308,7 +358,7 @@ def test_a_merged_model_that_leaves_no_room_for_a_row_is_refused_and_the_engine_
         assert len((await gather(engine, ask(about))).token_ids) == 8
 
     for budget in (row + weights - 1, row + weights):
-        monkeypatch.setattr("serving.engine.transformers_engine.cache_budget", lambda device, budget=budget: budget)
+        monkeypatch.setattr("serving.engine.transformers_engine.cache_budget", lambda *_, budget=budget: budget)
         run_with(variants[:1], check)
 
 

@@ -18,9 +18,13 @@ from transformers import (
 )
 
 from serving.engine.attention import Span, make_plan
+from serving.engine.engine import WeightFormat
 from serving.engine.kv_cache import KvCache
+from serving.engine.number_format import load_model, round_in_place
 from serving.engine.weights import Forward, cache_shape, check_config, load_weights
+from serving.engine.weights_cost import read_rows
 from serving.errors import ModelRejected
+from tests.tiny import make_tiny_model
 
 CPU = torch.device("cpu")
 SIZES = {
@@ -115,3 +119,57 @@ def test_a_context_over_the_models_own_is_refused():
 def test_the_cache_shape_is_of_key_value_heads():
     shape = cache_shape(CONFIGS["llama"])
     assert (shape.layers, shape.kv_heads, shape.head_dim) == (2, 2, 8)
+
+
+@pytest.mark.parametrize("weights", [WeightFormat.NF4, WeightFormat.FP16])
+def test_a_base_in_fewer_bits_computes_what_transformers_does_with_them(weights, tiny_base):
+    loaded = load_weights(tiny_base, 128, CPU, weights)
+    reference = load_model(tiny_base, CPU, weights, torch.float32)
+    if weights is WeightFormat.FP16:
+        round_in_place(reference)
+    ids = torch.arange(40) * 13 % 250
+    cache = KvCache(loaded.shape, loaded.dtype, loaded.device, 1, 128, 2**30)
+    with torch.inference_mode():
+        plan = make_plan(cache, [Span(0, 0, 0, 40)])
+        logits = loaded.logits(loaded.forward(Forward(ids, plan.positions_T, plan, ())))
+        assert torch.allclose(logits, reference(ids[None]).logits[0], atol=1e-3)
+
+
+def test_only_fp16_has_a_cost_and_it_is_true(tiny_base):
+    """Computed again by transformers alone, with the weights rounded here."""
+    cost = load_weights(tiny_base, 128, CPU, WeightFormat.FP16).cost
+    plain, rounded = (AutoModelForCausalLM.from_pretrained(tiny_base, dtype=torch.float32) for _ in range(2))
+    with torch.no_grad():
+        for module in rounded.modules():
+            if isinstance(module, torch.nn.Linear):
+                module.weight.copy_(module.weight.half())
+        kl = nll = agreed = tokens = 0
+        for row in read_rows(tiny_base):
+            before, after = (
+                torch.log_softmax(model(torch.tensor([row.ids])).logits[0, row.start - 1 : -1].double(), -1)
+                for model in (plain, rounded)
+            )
+            wanted = torch.tensor(row.ids[row.start :])
+            kl += float(torch.nn.functional.kl_div(after, before, log_target=True, reduction="sum"))
+            nll += float(torch.nn.functional.nll_loss(after, wanted, reduction="sum"))
+            nll -= float(torch.nn.functional.nll_loss(before, wanted, reduction="sum"))
+            agreed += int((before.argmax(-1) == after.argmax(-1)).sum())
+            tokens += len(wanted)
+    assert cost.tokens == tokens
+    assert cost.kl_nats == pytest.approx(kl / tokens, rel=0.05)
+    assert cost.kl_nats > 0
+    assert cost.nll_nats == pytest.approx(nll / tokens, rel=0.05)
+    assert cost.top1_agreement == pytest.approx(agreed / tokens)
+    assert load_weights(tiny_base, 128, CPU, WeightFormat.NF4).cost is None
+    assert load_weights(tiny_base, 128, CPU).cost is None
+
+
+def test_a_set_of_weights_knows_what_it_takes(tmp_path):
+    directory = make_tiny_model(tmp_path)
+    plain, nf4, fp16 = (load_weights(directory, 128, CPU, weights).size_bytes for weights in WeightFormat)
+    model = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32)
+    assert plain == model.get_memory_footprint()
+    linear = sum(each.weight.nbytes for each in model.modules() if isinstance(each, torch.nn.Linear))
+    assert fp16 == plain - linear // 2
+    in_nf4 = linear - model.lm_head.weight.nbytes
+    assert nf4 == plain - in_nf4 + in_nf4 // 8 + in_nf4 // 64

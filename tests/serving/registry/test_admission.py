@@ -10,13 +10,16 @@ import pickle
 import shutil
 from pathlib import Path
 
+import peft
 import pytest
 import torch
 from safetensors.torch import load_file
+from transformers import AutoTokenizer
 
+from serving.engine.engine import WeightFormat
 from serving.engine.transformers_engine import TransformersEngine
 from serving.errors import AdapterRejected
-from serving.registry.probing import ALLOWED_NF4_SHARE
+from serving.registry.probing import ALLOWED_16BIT_NATS, ALLOWED_FLOAT32_NATS, ALLOWED_NF4_SHARE
 from serving.registry.revision import Reference, RevisionStatus
 from tests.serving.registry.adapters import (
     change_config,
@@ -27,6 +30,8 @@ from tests.serving.registry.adapters import (
 )
 from tests.tiny import make_tiny_adapter, make_tiny_model
 from training.artifact import ADAPTER_CONFIG, ADAPTER_WEIGHTS, PROBES_NAME
+from training.model import load_base
+from training.probes import add_plain_scores, plain_scores, write_probes
 
 FIRST = "base_model.model.model.layers.0.self_attn.q_proj"
 
@@ -220,7 +225,7 @@ def test_forty_kinds_of_bad_adapters_are_refused_and_what_serves_goes_on(tiny_ba
             assert [each.id for each in registry.revisions()] == [served.revision]
             assert registry.residency.resident() == (served.variant.digest,)
             assert [path.name for path in (tmp_path / "state" / "revisions").iterdir()] == [served.variant.digest]
-            assert len(registry.refusals()) == len(BAD)
+            assert len(await registry.refusals()) == len(BAD)
             lease = registry.lease("right")
             await lease.ready()
             lease.release()
@@ -250,7 +255,7 @@ def test_every_reason_is_told_at_once(tiny_base, adapter, tmp_path):
             told = await refusal(registry, "bad")
             for reason in ("base fingerprint", "template hash", "rank 5", "tokenizer.json: missing", "may run code"):
                 assert reason in told
-            assert registry.refusals()[0].reasons[0].startswith("extra.pkl")
+            assert (await registry.refusals())[0].reasons[0].startswith("extra.pkl")
 
     asyncio.run(check())
 
@@ -361,3 +366,68 @@ def test_a_bad_adapter_differs_in_what_it_says(adapter, tmp_path):
     changed = {name for name in before if not torch.equal(before[name], after[name])}
     assert changed == {name for name in before if "q_proj.lora_A" in name}
     assert changed
+
+
+def make_nf4_probes(base, directory):
+    """Makes an adapter's probes those of a training on the NF4 base."""
+    trained = peft.PeftModel.from_pretrained(load_base(base, "nf4", torch.float32, torch.device("cpu")), str(directory))
+    write_probes(directory, trained, AutoTokenizer.from_pretrained(base), None)
+    sign(directory)
+
+
+def test_on_the_base_that_was_trained_on_nf4_is_held_to_what_float32_explains(tiny_base, adapter, tmp_path):
+    _, right, wrong = (shutil.copytree(adapter, tmp_path / name) for name in ("plain", "right", "wrong"))
+    for directory in (right, wrong):
+        make_nf4_probes(tiny_base, directory)
+    change_tensors(wrong, each("lora_B", lambda t: t * 1.02))
+
+    async def check():
+        engine = TransformersEngine(tiny_base, max_batch=4, context_length=512, weights=WeightFormat.NF4)
+        options = {"adapter_roots": [tmp_path], "weights": WeightFormat.NF4}
+        async with opened(tiny_base, engine, **options) as registry:
+            found = (await registry.register("a", Path("right"))).probe
+            assert found.reference is Reference.MATCHED
+            assert found.from_reference_nats < 1e-4
+            assert found.allowed_nats == ALLOWED_FLOAT32_NATS
+            assert "from those that peft computed (nf4, float32)" in await refusal(registry, "wrong")
+            found = (await registry.register("a", Path("plain"))).probe
+            assert found.allowed_nats > 10 * ALLOWED_FLOAT32_NATS, "a plain reference is another base than this"
+        async with opened(tiny_base, real_engine(tiny_base), adapter_roots=[tmp_path]) as registry:
+            assert (await registry.register("a", Path("wrong"))).probe.allowed_nats > 10 * ALLOWED_FLOAT32_NATS
+
+    asyncio.run(check())
+
+
+def test_on_the_plain_base_an_nf4_training_is_held_to_its_scores_there(tiny_base, adapter, tmp_path):
+    """Without them half the scale is not told apart from the right one."""
+    right, half = (shutil.copytree(adapter, tmp_path / name) for name in ("right", "half"))
+    for directory in (right, half):
+        make_nf4_probes(tiny_base, directory)
+        add_plain_scores(directory, plain_scores(directory, tiny_base, torch.device("cpu")))
+        sign(directory)
+    change_tensors(half, each("lora_B", lambda t: t * 0.5))
+
+    async def check():
+        async with opened(tiny_base, real_engine(tiny_base), adapter_roots=[tmp_path]) as registry:
+            found = (await registry.register("a", Path("right"))).probe
+            assert found.from_reference_nats < 1e-4
+            assert found.allowed_nats == ALLOWED_FLOAT32_NATS
+            assert "from those that peft computed (plain, float32)" in await refusal(registry, "half")
+
+    asyncio.run(check())
+
+
+def test_an_fp16_base_is_held_to_what_16_bits_explain(tiny_base, adapter, tmp_path):
+    _, wrong = (shutil.copytree(adapter, tmp_path / name) for name in ("right", "wrong"))
+    change_tensors(wrong, each("lora_B", lambda t: t * 1.5))
+
+    async def check():
+        engine = TransformersEngine(tiny_base, max_batch=4, context_length=512, device="cpu", weights=WeightFormat.FP16)
+        options = {"adapter_roots": [tmp_path], "weights": WeightFormat.FP16}
+        async with opened(tiny_base, engine, **options) as registry:
+            found = (await registry.register("a", Path("right"))).probe
+            assert found.allowed_nats == ALLOWED_16BIT_NATS
+            assert 1e-6 < found.from_reference_nats < 0.01
+            assert "from those that peft computed" in await refusal(registry, "wrong")
+
+    asyncio.run(check())

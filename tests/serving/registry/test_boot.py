@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+from serving.engine.engine import WeightFormat
 from serving.errors import AdapterRejected, Conflict, ModelNotFound, RevisionUnavailable
 from serving.registry.boot import open_registry
 from serving.registry.revision import Revision, RevisionStatus
@@ -45,19 +46,19 @@ def test_a_restart_keeps_revisions_labels_policies_and_pins(tiny_base, root, opt
         async with opened(tiny_base, **options) as registry:
             one = await registry.register("starter", Path("v1"), "stable")
             two = await registry.register("starter", Path("v2"), "canary")
-            registry.promote("starter", "stable", two.digest)
-            registry.pin("starter", two.digest, True)
+            await registry.promote("starter", "stable", two.digest)
+            await registry.pin("starter", two.digest, True)
             policy = Policy({"stable": 9, "canary": 1}, sticky=True)
-            registry.set_policy("starter", policy)
+            await registry.set_policy("starter", policy)
             with pytest.raises(AdapterRejected):
                 await registry.register("bad", bad(root))
-            before = registry.revisions(), registry.labels(), registry.refusals()
+            before = registry.revisions(), registry.labels(), await registry.refusals()
         async with opened(tiny_base, **options) as registry:
-            assert (registry.revisions(), registry.labels(), registry.refusals()) == before
+            assert (registry.revisions(), registry.labels(), await registry.refusals()) == before
             assert registry.policy("starter") == policy
             assert registry.revision("starter", two.digest).pinned
             assert set(registry.residency.resident()) == {two.digest}, "labelled and pinned ones are loaded"
-            assert registry.roll_back("starter", "stable").digest == one.digest
+            assert (await registry.roll_back("starter", "stable")).digest == one.digest
 
     asyncio.run(check())
 
@@ -84,7 +85,7 @@ def test_without_a_state_directory_the_state_ends_with_the_registry(tiny_base, t
 def test_flags_are_served_at_once_and_promoted_when_they_pass(tiny_base, tiny_adapters):
     registry = open_registry("base", tiny_base, adapters=tiny_adapters)
     digest = digest_of(tiny_adapters["starter"])
-    served = [model.revision for model in registry.served()]
+    served = [model.revision for model in registry.served().values()]
     assert served == ["base", f"starter@{digest[:12]}", f"other@{digest_of(tiny_adapters['other'])[:12]}"]
     assert registry.adapters() == 2
     for model in ("starter", "starter:stable", f"starter@{digest[:4]}"):
@@ -96,7 +97,7 @@ def test_flags_are_served_at_once_and_promoted_when_they_pass(tiny_base, tiny_ad
         engine = fake_engine()
         await engine.start()
         await registry.start(engine)
-        assert [model.revision for model in registry.served()] == served
+        assert [model.revision for model in registry.served().values()] == served
         assert [label.label for label in registry.labels()] == ["stable", "stable"]
         await registry.close()
 
@@ -139,7 +140,7 @@ def test_a_damaged_revision_is_broken_and_the_rest_serves(tiny_base, root, optio
         (revisions / one.digest / "tokenizer.json").unlink()
         change_manifest(revisions / two.digest, "chat", default_system_prompt="Obey.")
         async with opened(tiny_base, **options) as registry:
-            assert [model.name for model in registry.served()] == ["base", "c"]
+            assert [model.name for model in registry.served().values()] == ["base", "c"]
             for name, reason in (("a", "tokenizer.json: missing"), ("b", "manifest.json: changed since")):
                 for model in (name, f"{name}:stable"):
                     with pytest.raises(RevisionUnavailable, match=reason):
@@ -159,21 +160,21 @@ def test_a_broken_revision_keeps_its_pin_and_its_place(tiny_base, root, options)
     async def check():
         async with opened(tiny_base, **options) as registry:
             one = await registry.register("a", Path("v1"))
-            registry.pin("a", one.digest, True)
+            await registry.pin("a", one.digest, True)
         (options["state_dir"] / "revisions" / one.digest / "tokenizer.json").unlink()
         async with opened(tiny_base, max_adapters=2, **options) as registry:
             two = await registry.register("a", Path("v2"))
             with pytest.raises(Conflict, match="would leave no place"):
-                registry.pin("a", two.digest, True)
+                await registry.pin("a", two.digest, True)
             await registry.register("a", Path("v1"))
             for name in ("v3", "v4"):
                 await registry.register("a", Path(name))
                 assert one.digest in registry.residency.resident()
         (options["state_dir"] / "revisions" / one.digest / "tokenizer.json").unlink()
         async with opened(tiny_base, max_adapters=2, **options) as registry:
-            assert not registry.pin("a", one.digest, False).pinned
+            assert not (await registry.pin("a", one.digest, False)).pinned
             assert registry.revision("a", one.digest).status is RevisionStatus.BROKEN
-            assert registry.pin("a", two.digest, True).pinned
+            assert (await registry.pin("a", two.digest, True)).pinned
 
     asyncio.run(check())
 
@@ -244,7 +245,7 @@ def test_more_pins_than_places_are_told_at_the_start(tiny_base, options):
         async with opened(tiny_base, **options, max_adapters=3) as registry:
             for number in (1, 2):
                 revision = await registry.register("a", Path(f"v{number}"))
-                registry.pin("a", revision.digest, True)
+                await registry.pin("a", revision.digest, True)
 
     asyncio.run(check())
     with pytest.raises(StateError, match=r"--max-adapters 2: 2 revisions are pinned; give at least 3"):
@@ -257,8 +258,8 @@ def test_the_largest_rank_is_that_of_what_is_known_and_at_least_sixteen(tiny_bas
     with pytest.raises(AdapterRejected, match="rank 4, at most 2 run here; serve with --max-rank 4"):
         open_registry("base", tiny_base, adapters=tiny_adapters, max_rank=2)
     state = State(tmp_path / "state")
-    with state.transaction():
-        state.put_revision(Revision("gone", "a" * 64, RevisionStatus.RETIRED, 1.0, 64, "b" * 64))
+    with state.transaction() as change:
+        change.put_revision(Revision("gone", "a" * 64, RevisionStatus.RETIRED, 1.0, 64, "b" * 64))
     state.close()
     assert open_registry("base", tiny_base, state_dir=tmp_path / "state").max_rank == 16, "what is gone needs no room"
     wide = shutil.copytree(tiny_adapters["starter"], tmp_path / "wide")
@@ -318,3 +319,10 @@ def test_a_server_killed_inside_a_change_starts_again_with_its_labels(tiny_base,
                 assert [path.name for path in (options(point)["state_dir"] / "revisions").iterdir()] == [digest]
 
     asyncio.run(check())
+
+
+def test_a_state_that_was_probed_on_another_format_of_the_base_says_so(tiny_base, tmp_path, caplog):
+    for weights, told in (("plain", 0), ("plain", 0), ("nf4", 1), ("nf4", 1)):
+        registry = open_registry("base", tiny_base, state_dir=tmp_path, weights=WeightFormat(weights))
+        asyncio.run(registry.close())
+        assert caplog.text.count("were probed on a base in plain, not in nf4 as now") == told

@@ -77,7 +77,10 @@ def test_a_model_is_a_name_a_label_or_a_digest(tiny_base, root):
             assert (lease.model.variant.digest, lease.arm, lease.shadow) == (digest, arm, None), model
             assert registry.resolve(model) is lease.model
         assert registry.resolve(f"a@{two}").revision == f"a@{two[:12]}"
-        assert [model.revision for model in registry.served()] == ["base", f"a@{one[:12]}"]
+        assert {name: model.revision for name, model in registry.served().items()} == {
+            "base": "base",
+            "a": f"a@{one[:12]}",
+        }
 
     run(check, tiny_base, root)
 
@@ -125,20 +128,21 @@ def test_promotion_compares_and_swaps(tiny_base, root):
         one, two, three = (digest_of(root / f"v{number}") for number in (1, 2, 3))
         await registry.register("a", Path("v2"))
         await registry.register("a", Path("v3"))
-        assert registry.promote("a", "stable", two[:12], expected=one).previous == one
+        assert (await registry.promote("a", "stable", two[:12], expected=one)).previous == one
         with pytest.raises(Conflict, match=f"points at {two[:12]}, not at the expected {one[:12]}"):
-            registry.promote("a", "stable", three, expected=one)
+            await registry.promote("a", "stable", three, expected=one)
         with pytest.raises(Conflict, match="points at nothing"):
-            registry.promote("a", "canary", three, expected=one)
+            await registry.promote("a", "canary", three, expected=one)
         with pytest.raises(Conflict):
-            registry.promote("a", "stable", three, expected="")
+            await registry.promote("a", "stable", three, expected="")
         assert registry.resolve("a").variant.digest == two
-        assert registry.promote("a", "stable", two, expected=two[:12]).digest == two, "a digest as revisions show it"
+        label = await registry.promote("a", "stable", two, expected=two[:12])
+        assert label.digest == two, "a digest as revisions show it"
         with pytest.raises(ModelNotFound):
-            registry.promote("a", "stable", "0" * 64)
+            await registry.promote("a", "stable", "0" * 64)
         for label in ("", "Stable", "a b", "x" * 33, "a:b", "a@b"):
             with pytest.raises(BadRequest, match="label"):
-                registry.promote("a", label, three)
+                await registry.promote("a", label, three)
 
     run(check, tiny_base, root)
 
@@ -147,22 +151,22 @@ def test_rolling_back_goes_where_it_was_and_promoting_the_same_again_is_no_move(
     async def check(registry, engine):
         digests = [digest_of(root / f"v{number}") for number in (1, 2, 3)]
         with pytest.raises(Conflict, match="has pointed at nothing else"):
-            registry.roll_back("a", "stable")
+            await registry.roll_back("a", "stable")
         for number in (2, 3, 3):
             await registry.register("a", Path(f"v{number}"), "stable")
-        assert registry.roll_back("a", "stable").digest == digests[1]
-        assert registry.roll_back("a", "stable").digest == digests[0]
-        registry.promote("a", "stable", digests[2])
+        assert (await registry.roll_back("a", "stable")).digest == digests[1]
+        assert (await registry.roll_back("a", "stable")).digest == digests[0]
+        await registry.promote("a", "stable", digests[2])
         await registry.retire("a", digests[1])
-        registry.promote("a", "stable", digests[0])
-        registry.promote("a", "canary", digests[0])
-        registry.roll_back("a", "stable")
-        registry.promote("a", "stable", digests[0])
+        await registry.promote("a", "stable", digests[0])
+        await registry.promote("a", "canary", digests[0])
+        await registry.roll_back("a", "stable")
+        await registry.promote("a", "stable", digests[0])
         await registry.retire("a", digests[2])
         with pytest.raises(Conflict, match=f"pointed at {digests[2][:12]} before, which is not admitted"):
-            registry.roll_back("a", "stable")
+            await registry.roll_back("a", "stable")
         with pytest.raises(ModelNotFound, match="has no label 'nope'"):
-            registry.roll_back("a", "nope")
+            await registry.roll_back("a", "nope")
 
     run(check, tiny_base, root)
 
@@ -171,26 +175,26 @@ def test_policies_route_and_hold_their_labels(tiny_base, root):
     async def check(registry, engine):
         two = await registry.register("a", Path("v2"), "canary")
         three = await registry.register("a", Path("v3"), "next")
-        registry.set_policy("a", Policy({"stable": 1, "canary": 1}, sticky=True, shadow="next"))
+        await registry.set_policy("a", Policy({"stable": 1, "canary": 1}, sticky=True, shadow="next"))
         arms = {key: held(registry, "a", key).arm for key in map(str, range(64))}
         assert set(arms.values()) == {"stable", "canary"}
         assert {key: held(registry, "a", key).arm for key in arms} == arms
         lease = held(registry, "a")
         assert lease.shadow == three.id
         assert held(registry, "a:canary").shadow is None, "a shadow follows a name that is routed"
-        registry.promote("a", "next", two.digest)
+        await registry.promote("a", "next", two.digest)
         shadows = {held(registry, "a", key).shadow for key in arms if arms[key] == "canary"}
         assert shadows == {None}, "a revision does not shadow itself"
         assert registry.resolve("a").variant.digest == digest_of(root / "v1")
         for label in ("canary", "next"):
             with pytest.raises(Conflict, match="the policy of 'a' routes to"):
-                registry.remove_label("a", label)
-        registry.set_policy("a", None)
-        registry.remove_label("a", "canary")
+                await registry.remove_label("a", label)
+        await registry.set_policy("a", None)
+        await registry.remove_label("a", "canary")
         assert held(registry, "a").arm == "stable"
         for wrong in (Policy({}), Policy({"nope": 1}), Policy({"stable": 1}, shadow="nope"), Policy({"stable": 0})):
             with pytest.raises(BadRequest) as caught:
-                registry.set_policy("a", wrong)
+                await registry.set_policy("a", wrong)
             assert caught.value.param == "policy"
         assert registry.policy("a") is None
 
@@ -204,9 +208,64 @@ def test_a_name_that_is_never_routed_to_stable_is_resolved_by_its_heaviest_arm(t
         with pytest.raises(ModelNotFound):
             registry.resolve("b")
         for policy in (Policy({"blue": 1, "green": 2}), Policy({"green": 1})):
-            registry.set_policy("b", policy)
+            await registry.set_policy("b", policy)
             assert registry.resolve("b").variant.digest == three.digest
             await registry.register("b", Path("v1"), "stable")  # which the policy does not route to
+
+    run(check, tiny_base, root)
+
+
+def test_what_is_listed_can_be_asked_for_and_every_name_that_answers_is_listed(tiny_base, root):
+    async def check(registry, engine):
+        await registry.register("b", Path("v2"), "blue")
+        await registry.register("b", Path("v3"), "green")
+        four = await registry.register("c", Path("v4"))
+        assert set(registry.served()) == {"base", "a", "b:blue", "b:green", four.id}
+        await registry.set_policy("b", Policy({"green": 1}))
+        await registry.promote("c", "stable", four.digest)
+        served = registry.served()
+        assert set(served) == {"base", "a", "b", "c"}
+        for name, model in served.items():
+            assert held(registry, name).model == registry.resolve(name) == model
+        (registry.directory / "revisions" / four.digest / "adapter_model.safetensors").unlink()
+        for name in "ab":
+            await use(registry, name)  # the only place is theirs
+        with pytest.raises(RevisionUnavailable):
+            await use(registry, "c")
+        assert set(registry.served()) == {"base", "a", "b"}
+
+    run(check, tiny_base, root, max_adapters=1)
+
+
+def test_a_promotion_and_a_retirement_at_once_are_one_after_the_other(tiny_base, root):
+    async def check(registry, engine):
+        two = await registry.register("a", Path("v2"))
+        for first, second, refused in ((promote, retire, 1), (retire, promote, 1)):
+            outcomes = await asyncio.gather(first(registry, two), second(registry, two), return_exceptions=True)
+            assert isinstance(outcomes[refused], Conflict), outcomes
+            labelled = [each.label for each in registry.labels() if each.digest == two.digest]
+            status = registry.revision("a", two.digest).status
+            assert (labelled, status) in ((["canary"], RevisionStatus.ADMITTED), ([], RevisionStatus.RETIRED))
+            if labelled:
+                await registry.remove_label("a", "canary")
+
+    async def promote(registry, revision):
+        await registry.promote("a", "canary", revision.digest)
+
+    async def retire(registry, revision):
+        await registry.retire("a", revision.digest)
+
+    run(check, tiny_base, root)
+
+
+def test_a_retirement_that_is_not_waited_for_goes_on(tiny_base, root):
+    async def check(registry, engine):
+        one = registry.lease("a")
+        await registry.remove_label("a", "stable")
+        revision = await registry.retire("a", one.model.digest, wait_s=0)
+        assert revision.status is RevisionStatus.RETIRING
+        one.release()
+        assert (await registry.retire("a", one.model.digest)).status is RevisionStatus.RETIRED
 
     run(check, tiny_base, root)
 
@@ -227,7 +286,7 @@ def test_retiring_drains_then_frees_engine_and_files(tiny_base, root, tmp_path):
         with pytest.raises(Conflict, match="is being retired"):
             await registry.register("a", Path("v1"))
         with pytest.raises(Conflict, match="is retiring"):
-            registry.promote("a", "stable", one)
+            await registry.promote("a", "stable", one)
         await lease.ready()  # the request it belongs to had not come to the engine yet
         assert [delta async for delta in engine.generate(asked(lease.model.variant))]
         assert not retiring.done()
@@ -279,12 +338,12 @@ def test_names_share_the_files_of_one_digest_until_the_last_retires(tiny_base, r
     async def check(registry, engine):
         revision = await registry.register("b", Path("v1"), "stable")
         stored = tmp_path / "revisions" / revision.digest
-        registry.remove_label("a", "stable")
+        await registry.remove_label("a", "stable")
         await registry.retire("a", revision.digest)
         assert stored.is_dir()
         assert revision.digest in engine._variants
         held(registry, "b")
-        registry.remove_label("b", "stable")
+        await registry.remove_label("b", "stable")
         await registry.retire("b", revision.digest)
         assert not stored.exists()
         assert revision.digest not in engine._variants
@@ -315,13 +374,13 @@ def test_registering_a_known_digest_is_idempotent_and_names_are_checked(tiny_bas
 def test_a_pinned_revision_stays_and_one_place_is_left(tiny_base, root):
     async def check(registry, engine):
         one = digest_of(root / "v1")
-        assert registry.pin("a", one, True).pinned
+        assert (await registry.pin("a", one, True)).pinned
         for number in range(2, 6):
             await registry.register("a", Path(f"v{number}"))
             assert one in registry.residency.resident()
         with pytest.raises(Conflict, match="would leave no place"):
-            registry.pin("a", digest_of(root / "v5"), True)
-        assert not registry.pin("a", one, False).pinned
+            await registry.pin("a", digest_of(root / "v5"), True)
+        assert not (await registry.pin("a", one, False)).pinned
         for number in (2, 3):
             await use(registry, f"a@{digest_of(root / f'v{number}')}")
         assert one not in registry.residency.resident()
@@ -365,7 +424,7 @@ def test_a_refused_adapter_changes_nothing_though_a_label_was_asked_for(tiny_bas
         with pytest.raises(AdapterRejected):
             await registry.register("a", Path("bad"), "stable")
         assert (registry.revisions(), registry.labels()) == before
-        assert [(each.name, each.source) for each in registry.refusals()] == [("a", "bad")]
+        assert [(each.name, each.source) for each in await registry.refusals()] == [("a", "bad")]
 
     run(check, tiny_base, root)
 
@@ -474,7 +533,7 @@ async def churn(registry, adapter, root, count, answer):
 
 
 async def retire_all(registry):
-    registry.remove_label("a", "stable")
+    await registry.remove_label("a", "stable")
     for revision in registry.revisions():
         await registry.retire(revision.name, revision.digest)
     assert registry.residency.resident() == ()
