@@ -13,6 +13,7 @@ from serving.engine.weights import Forward, WeightSet
 
 FEW_TOKENS = (1, 8)  # of the steps that are measured
 _CONTEXT, _REPEATS = 16, 4
+_LONG_S = 0.5  # a step
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,45 +32,48 @@ class StepThreads:
 
 @torch.inference_mode()
 def measure_threads(weights: WeightSet) -> StepThreads:
-    """Times steps of few decoding rows with one thread and with all, in turn; takes a second or two.
+    """Times steps of few decoding rows with all threads and with one, in turn; takes a second or two.
 
     Where cores share their memory's bandwidth, a second thread only adds waiting. Where the two give other bits, all
     threads compute every step: a reply must not depend on its company.
     """
-    most = torch.get_num_threads()
+    most, alone_up_to = torch.get_num_threads(), 0
     if weights.device.type != "cpu" or most == 1:
         return StepThreads(0, most)
-    alone_up_to = 0
     try:
         for tokens in FEW_TOKENS:
-            alone, all_of_them = _compare(weights, tokens, most)
-            if not torch.equal(alone.logits, all_of_them.logits):
+            batch = _decoding(weights, tokens)
+            all_s, logits = _timed(weights, batch, most)
+            if all_s > _LONG_S:  # so large a model has work for all
+                break
+            alone_s, same = _timed(weights, batch, 1)
+            if not torch.equal(logits, same):
                 return StepThreads(0, most)
-            if alone.seconds < all_of_them.seconds:
-                alone_up_to = tokens
+            for _ in range(_REPEATS):
+                all_s = min(all_s, _timed(weights, batch, most)[0])
+                if alone_s > 2 * all_s:  # no noise
+                    break
+                alone_s = min(alone_s, _timed(weights, batch, 1)[0])
+            if alone_s >= all_s:
+                break
+            alone_up_to = tokens
     finally:
         torch.set_num_threads(most)
     return StepThreads(alone_up_to, most)
 
 
-@dataclass(frozen=True, slots=True)
-class _Timed:
-    seconds: float  # of the fastest
-    logits: torch.Tensor
-
-
-def _compare(weights: WeightSet, tokens: int, most: int) -> tuple[_Timed, _Timed]:
+def _decoding(weights: WeightSet, tokens: int) -> Forward:
+    """Returns the step of so many rows, each with a few cached tokens."""
     size = tokens * (_CONTEXT + 1) * weights.shape.token_bytes(weights.dtype)
     cache = KvCache(weights.shape, weights.dtype, weights.device, tokens, _CONTEXT + 1, size)
     cache.reserve(tokens, _CONTEXT + 1)
     plan = make_plan(cache, [Span(row, _CONTEXT, row, 1) for row in range(tokens)])
-    batch = Forward(torch.arange(tokens) % weights.vocabulary, plan.positions_T, plan, ())
-    found: dict[int, list[_Timed]] = {1: [], most: []}
-    for _ in range(_REPEATS):
-        for threads, timed in found.items():
-            torch.set_num_threads(threads)
-            begun = time.perf_counter()
-            logits = weights.logits(weights.forward(batch))
-            timed.append(_Timed(time.perf_counter() - begun, logits))
-    alone, all_of_them = (min(timed, key=lambda each: each.seconds) for timed in found.values())
-    return alone, all_of_them
+    return Forward(torch.arange(tokens) % weights.vocabulary, plan.positions_T, plan, ())
+
+
+def _timed(weights: WeightSet, batch: Forward, threads: int) -> tuple[float, torch.Tensor]:
+    """Returns the step's seconds and logits."""
+    torch.set_num_threads(threads)
+    begun = time.perf_counter()
+    logits = weights.logits(weights.forward(batch))
+    return time.perf_counter() - begun, logits

@@ -50,6 +50,7 @@ def measured(*arguments: Any) -> StepThreads:
         (lambda threads, _: 0.001 if threads == 1 else 0.02, FEW_TOKENS[-1]),
         (lambda threads, _: 0.02 if threads == 1 else 0.001, 0),
         (lambda threads, tokens: 0.001 if (threads == 1) == (tokens == 1) else 0.02, FEW_TOKENS[0]),
+        (lambda threads, _: 0.55 if threads == 2 else 0.001, 0),  # a step so long is of a model that is large
     ],
 )
 def test_what_is_faster_is_taken(cost_s, alone_up_to):
