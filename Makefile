@@ -19,6 +19,7 @@ PORT ?= 8000
 URL := http://$(HOST):$(PORT)
 ENGINE ?= auto
 KEYS ?=
+WEIGHTS ?=
 USERS ?= 8
 SECONDS_EACH ?= 20
 
@@ -101,7 +102,7 @@ deploy: $(SETUP) $(if $(filter vllm,$(ENGINE)),$(SETUP_VLLM)) ## serve base, ada
 	fi
 	PYTHON=$$python deploy/up.sh --base "$$($(PY) -m training base $(RUN)/adapter)" --adapter $(NAME)=$(RUN)/adapter \
 	    "$${merged[@]}" --host $(HOST) --port $(PORT) --engine $(ENGINE) --state $(RUN)/registry --adapter-root runs \
-	    $(if $(KEYS),--keys $(KEYS))
+	    $(if $(KEYS),--keys $(KEYS)) $(if $(WEIGHTS),--weights $(WEIGHTS))
 
 eval: $(SETUP) ## measure base against adapter over HTTP; needs a deployed server
 	digest=$$($(PY) -m training check $(RUN)/adapter --digest); revision=$${digest:0:12}
