@@ -123,7 +123,7 @@ def as_stock(run: Run) -> None:
 def as_graft(run: Run) -> None:
     run.peft_model.get_base_model().set_attn_implementation(attention.NAME)
     fuse_lora(run.peft_model)
-    take_ways(run.accelerator.unwrap_model(run.loss), run.config, run.ways)
+    take_ways(run.network, run.config, run.ways)
 
 
 def graft_step(run: Run, step: int) -> float:

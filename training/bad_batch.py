@@ -71,4 +71,4 @@ def _nll_alone(run: Run, row: int) -> float:
     """Returns the row's summed NLL."""
     (pack,) = pack_rows([run.data.train[row]], budget=1)
     with run.accelerator.autocast():
-        return float(run.accelerator.unwrap_model(run.loss)(pack.to(run.accelerator.device)))
+        return float(run.network(pack.to(run.accelerator.device)))

@@ -43,7 +43,7 @@ def within_memory(run: Run, examples: Sequence[TrainExample], attempt: Callable[
             flush=True,
         )
         run.micro_batch_tokens = smaller
-        if graphs := run.accelerator.unwrap_model(run.loss).graphs:
+        if graphs := run.network.graphs:
             graphs.restart(smaller)
         _free()
 

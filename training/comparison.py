@@ -162,7 +162,7 @@ def _facts(variant: str, reference: str, far: Distance, greedy: Distance, on: Gr
 @torch.inference_mode()
 def _greedy(trained: Whole, examples: Sequence[TrainExample], manifest: AdapterManifest) -> list[TrainExample]:
     """Returns each example's prompt with the model's own greedy reply, which is what is labelled."""
-    prompts = [example.input_ids[: _reply_start(example)] for example in examples]
+    prompts = [example.input_ids[: _last_reply(example).start] for example in examples]
     stops = list(manifest.chat.stop_token_ids)
     longest = max(map(len, prompts))
     ids = torch.tensor([[stops[0]] * (longest - len(prompt)) + list(prompt) for prompt in prompts])
@@ -188,19 +188,18 @@ def _greedy(trained: Whole, examples: Sequence[TrainExample], manifest: AdapterM
     ]
 
 
-def _reply_start(example: TrainExample) -> int:
-    """Returns where the last labelled stretch starts: the reply that is measured, in a chat of several turns."""
-    end = max(at for at, label in enumerate(example.labels) if label != IGNORED_LABEL)
-    while example.labels[end - 1] != IGNORED_LABEL:
-        end -= 1
-    return end
+def _last_reply(example: TrainExample) -> slice:
+    """Returns the last labelled stretch: the reply that is measured, in a chat of several turns."""
+    start = last = max(at for at, label in enumerate(example.labels) if label != IGNORED_LABEL)
+    while example.labels[start - 1] != IGNORED_LABEL:
+        start -= 1
+    return slice(start, last + 1)
 
 
 def _start(example: TrainExample) -> TrainExample:
     """Returns the example up to GREEDY_TOKENS tokens of the reply that is measured, which is what is labelled."""
-    begin = _reply_start(example)
-    end = max(at for at, label in enumerate(example.labels) if label != IGNORED_LABEL) + 1
-    return _labelled_reply(example.input_ids[:begin], example.input_ids[begin : min(end, begin + GREEDY_TOKENS)], set())
+    reply = _last_reply(example)
+    return _labelled_reply(example.input_ids[: reply.start], example.input_ids[reply][:GREEDY_TOKENS], set())
 
 
 def _labelled_reply(prompt: Sequence[int], reply: Sequence[int], stops: set[int]) -> TrainExample:

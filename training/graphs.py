@@ -57,8 +57,8 @@ class GraphedDecoder:
     def __call__(self, pack: Pack) -> torch.Tensor:
         """Returns the last hidden states, [T, D], valid until the next call."""
         tokens = pack.input_ids_T.shape[0]
-        captured = self._of_size(_rounded_up(tokens))
-        size = len(captured.ids_P)
+        size = _rounded_up(tokens)
+        captured = self._of_size(size)
         captured.ids_P[:tokens].copy_(pack.input_ids_T)
         captured.positions_P[:tokens].copy_(pack.position_ids_T)
         captured.bounds.copy_(self.bounds(pack.row_lengths, size))

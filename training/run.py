@@ -70,6 +70,12 @@ class Run:
     ways: Ways
     sharding: Sharding | None = None  # None: every process has a whole model
 
+    @property
+    def network(self) -> PackLoss:
+        """The loss without what launching wraps around it: DDP's own forward pass waits for every process."""
+        network: PackLoss = self.accelerator.unwrap_model(self.loss)
+        return network
+
 
 def assemble(
     config: TrainConfig,

@@ -117,7 +117,7 @@ def greedy(run: Run, prompts: Sequence[Sequence[int]], limit: int) -> list[list[
     Each token is a pass over all rows without a cache: for so few tokens most of a pass is unpacking the base's
     weights, and the network is the very one that is trained.
     """
-    network = run.accelerator.unwrap_model(run.loss).eval()
+    network = run.network.eval()
     end, found = end_of_turn_id(run.tokenizer), [list[int]() for _ in prompts]
     for _ in range(limit):
         open_rows = [at for at, ids in enumerate(found) if ids[-1:] != [end]]

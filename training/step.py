@@ -66,7 +66,7 @@ def optimizer_step(run: Run, step: int) -> StepRecord:
 
 def _require_training_mode(run: Run) -> None:
     """Asks first: going through a 7B model's modules takes 10 ms, in which its GPU has nothing to do."""
-    if not run.accelerator.unwrap_model(run.loss).training:  # what validation and samples switch; not DDP around it
+    if not run.network.training:  # what validation and samples switch; not DDP around it
         run.loss.train()
 
 
@@ -131,7 +131,7 @@ def validation_nll(run: Run) -> float | None:
     if not run.data.validation:
         return None
     accelerator = run.accelerator
-    network = accelerator.unwrap_model(run.loss).eval()  # DDP's own forward waits for ranks that may have no rows
+    network = run.network.eval()  # a rank may have no rows
     share = rank_share(range(len(run.data.validation)), accelerator.process_index, accelerator.num_processes)
     mine = [run.data.validation[at] for at in share]
     rows = run.data.validation
